@@ -1,0 +1,1 @@
+"""Instruction tuning for PyTorch Lightning: SFT, distillation with attention maps, domain experts, data selection."""
