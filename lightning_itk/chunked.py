@@ -1,0 +1,205 @@
+"""A loss over vocabulary logits that are made, used and dropped chunk by chunk, with the gradients made on the way.
+
+This is the torch engine under the `linear_*` losses: the CPU path, and the truth that the Triton kernels are compared
+with. It works for any differentiable function of the logits.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_itk.batch import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**25  # fp32 logits of one chunk: 128 MiB
+
+
+class Head(NamedTuple):
+    """An output layer: logits = softcap * tanh(z / softcap) with z = scale * (hidden @ weight.T + bias)."""
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @staticmethod
+    def of(head: "Tensor | Head") -> "Head":
+        head = head if isinstance(head, Head) else Head(head)
+        if head.weight.ndim != 2:
+            raise ValueError(f"a head must be [vocab, hidden], got {list(head.weight.shape)}")
+        return head
+
+    def detach(self) -> "Head":
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def cut(self, vocab: int) -> "Head":
+        """The same head for the first `vocab` tokens."""
+        if vocab == self.weight.shape[0]:
+            return self
+        return self._replace(weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
+
+    def prepared(self, hidden: Tensor) -> "Head":
+        """The detached head in the dtype its matrix product will use for inputs like `hidden`."""
+        head, dtype = self.detach(), _matmul_dtype(hidden, self.weight)
+        return head._replace(weight=head.weight.to(dtype))
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows per chunk, for a few hundred MiB of temporaries whatever the vocabulary."""
+    return max(16, CHUNK_ELEMENTS // vocab)
+
+
+def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    # Only CUDA multiplies half-precision inputs into fp32 outputs; elsewhere the inputs are widened.
+    return dtype if dtype == torch.float64 or device == "cuda" else torch.float32
+
+
+def project(hidden: Float[Tensor, "n H"], head: Head) -> Float[Tensor, "n V"]:
+    """Logits in fp32 (fp64 for fp64 inputs) of a `prepared` head."""
+    return _shape_logits(_product(hidden, head.weight), head)
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    hidden = hidden.to(weight.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return torch.mm(hidden, weight.t())
+
+
+def _shape_logits(logits: Tensor, head: Head) -> Tensor:
+    if head.bias is not None:
+        logits = logits + head.bias.to(logits.dtype)
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits
+
+
+class TokenScores(NamedTuple):
+    """What the model thinks of the right next tokens, row by row."""
+
+    nll: Float[Tensor, " N"]  # negative log-likelihood of the label, nats; 0 where the label is -100
+    top1: Int[Tensor, " N"]  # the likeliest token
+
+
+@torch.no_grad()
+def linear_token_scores(
+    hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"] | Head, labels: Int[Tensor, " N"]
+) -> TokenScores:
+    """Per-token loss and most likely token, without holding the logits; for evaluation and for scoring data."""
+    head = Head.of(head)
+    nll = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    top1 = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    head = head.prepared(hidden)
+    size = chunk_rows(head.weight.shape[0])
+    for start in range(0, hidden.shape[0], size):
+        rows = slice(start, start + size)
+        logits = project(hidden[rows], head)
+        nll[rows] = F.cross_entropy(logits, labels[rows], ignore_index=IGNORE_INDEX, reduction="none").float()
+        top1[rows] = logits.argmax(-1)
+    return TokenScores(nll, top1)
+
+
+ChunkLoss = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+
+
+def chunked_rows(
+    row_loss: ChunkLoss,
+    hidden: Float[Tensor, "N H"],
+    head: Head | None,
+    teacher_hidden: Float[Tensor, "N Ht"] | None,
+    teacher_head: Head | None,
+    labels: Tensor,
+    parts: int = 1,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " parts"]]:
+    """Sum of `row_loss` over all rows, differentiable in `hidden`, `head.weight` and `head.bias`.
+
+    Args:
+        row_loss: `(student_logits, teacher_logits | None, labels) -> (summed loss, [parts] detached values)`.
+        hidden: the head's input, or the logits themselves where `head` is None.
+        teacher_hidden: likewise, or None for a loss without a teacher.
+
+    Returns:
+        The loss and the summed parts (detached).
+    """
+    weight, bias = (None, None) if head is None else (head.weight, head.bias)
+    with_grad = torch.is_grad_enabled()  # inside a Function, requires_grad does not tell
+    return _ChunkedRows.apply(
+        hidden, weight, bias, row_loss, head, teacher_hidden, teacher_head, labels, parts, with_grad
+    )
+
+
+class _ChunkedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, row_loss, head, teacher_hidden, teacher_head, labels, parts, with_grad):
+        need_hidden, need_weight, need_bias = (with_grad and need for need in ctx.needs_input_grad[:3])
+        need_logits = need_hidden or need_weight or need_bias
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        sums = torch.zeros(parts, dtype=wide, device=hidden.device)
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
+        student = None if head is None else head.prepared(hidden)
+        teacher = None if teacher_head is None else teacher_head.prepared(teacher_hidden)
+
+        size = chunk_rows(hidden.shape[1] if head is None else head.weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
+            teacher_logits = None
+            if teacher_hidden is not None:
+                teacher_logits = (
+                    teacher_hidden[rows].to(wide) if teacher is None else project(teacher_hidden[rows], teacher)
+                )
+            with torch.set_grad_enabled(need_logits), torch.autocast(hidden.device.type, enabled=False):
+                raw = hidden[rows].to(wide) if student is None else _product(hidden[rows], student.weight)
+                raw = raw.detach().requires_grad_(need_logits)
+                logits = raw if student is None else _shape_logits(raw, student)
+                chunk_loss, chunk_parts = row_loss(logits, teacher_logits, labels[rows])
+                if need_logits:
+                    (d_raw,) = torch.autograd.grad(chunk_loss, raw)
+            loss += chunk_loss.detach()
+            sums += chunk_parts.detach()
+            if not need_logits:
+                continue
+            # `scale` is inside _shape_logits, so d_raw is already the gradient of hidden @ weight.T.
+            if student is None:
+                assert d_hidden is not None
+                d_hidden[rows] = d_raw.to(hidden.dtype)
+                continue
+            if d_bias is not None:
+                d_bias += d_raw.sum(0)
+            d_raw = d_raw.to(student.weight.dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                if d_hidden is not None:
+                    d_hidden[rows] = torch.mm(d_raw, student.weight).to(hidden.dtype)
+                if d_weight is not None:
+                    d_weight += _product(d_raw.t(), hidden[rows].to(d_raw.dtype).t())
+
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, _):
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        if d_hidden is not None:
+            d_hidden = d_hidden * upstream.to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * upstream).to(weight_dtype)
+        if d_bias is not None:
+            d_bias = (d_bias * upstream).to(bias_dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None
