@@ -1,0 +1,99 @@
+"""Where a kernel runs and with which tile: device checks, the static table per architecture, the dot helper.
+
+Tiles are chosen by plain functions from tables that were read off the compiler (registers, spills, shared memory; see
+README.md). There is no search at run time, so a run never depends on what an autotuner happened to time.
+"""
+
+import contextlib
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"  # per process: Triton reads it at import
+IGNORE_INDEX = -100
+KINDS = {"none": 0, "forward": 1, "reverse": 2, "jsd": 3}
+
+NONE = tl.constexpr(0)
+FORWARD = tl.constexpr(1)
+REVERSE = tl.constexpr(2)
+JSD = tl.constexpr(3)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum: finite, so that differences of two are never nan
+
+
+class Tile(NamedTuple):
+    """One launch configuration."""
+
+    block_m: int  # rows (queries, tokens)
+    block_n: int  # columns (keys, vocabulary)
+    warps: int
+    stages: int
+
+
+def architecture(device: torch.device) -> str:
+    """The row of the tables that `device` uses, or its own name where there is none."""
+    if INTERPRET:
+        return "interpret"
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return {(10, 3): "sm_100"}.get((major, minor), f"sm_{major}{minor}")
+
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@torch.compiler.assume_constant_result
+def supported(device: torch.device) -> str | None:
+    """None where the kernels run, else the reason they do not, as one line."""
+    name = architecture(device)
+    if name == "interpret" or name in ARCHITECTURES:
+        return None
+    if name == "cpu":
+        return "Triton kernels need a GPU (or TRITON_INTERPRET=1 set before Python starts), found device cpu"
+    return f"Triton kernels have tiles for {', '.join(ARCHITECTURES)}, found {name}"
+
+
+def require(device: torch.device) -> None:
+    """Raise where `supported` has a reason."""
+    reason = supported(device)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make `tensor`'s device current: Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def row_tile(arch: str) -> tuple[int, int]:
+    """Columns per step and warps of the row kernels, whose program walks one row of logits."""
+    # 4096 / 8 warps needs 60-90 registers; one tile as wide as the vocabulary spills and runs at a third of the speed.
+    return (64, 1) if arch == "interpret" else (4096, 8)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a @ b in fp32. The interpreter cannot multiply bf16, so UPCAST makes the operands fp32 there."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def soft_cap(z, cap):
+    """cap · tanh(z / cap), by exp2: exact at both ends, error below 1e-7 · cap between."""
+    return cap * (1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2E / cap)) + 1.0))
+
+
+def precision(arch: str, dtype: torch.dtype) -> str:
+    """How `dot` multiplies fp32: three TF32 products on NVIDIA (fp32 accuracy on tensor cores), plain fp32 elsewhere."""
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
