@@ -91,9 +91,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def soft_cap(z, cap):
     """cap · tanh(z / cap), by exp2: exact at both ends, error below 1e-7 · cap between."""
-    return cap * (1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2E / cap)) + 1.0))
+    return cap * (1.0 - 2.0 / (tl.exp2(z * (2.0 / cap) * LOG2E) + 1.0))
 
 
 def precision(arch: str, dtype: torch.dtype) -> str:
     """How `dot` multiplies fp32: three TF32 products on NVIDIA (fp32 accuracy on tensor cores), plain fp32 elsewhere."""
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
+
+
+def eval_tile(arch: str, itemsize: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of the fused head: two fp32 accumulators of BLOCK_M x BLOCK_N."""
+    if arch == "interpret":
+        return 16, 32, 16, 1, 1
+    return 128, 128, 64, 8, 3

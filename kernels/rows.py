@@ -77,7 +77,7 @@ def token_loss_kernel(
     teacher_ptr += row * teacher_stride
     grad_ptr += row * grad_stride
     lanes = tl.arange(0, BLOCK)
-    to_log2 = LOG2E / temperature
+    to_log2 = (1.0 / temperature) * LOG2E
 
     label = 0
     if HAS_LABELS:
@@ -177,7 +177,7 @@ def token_loss_kernel(
             z *= student_scale
             if STUDENT_CAP:
                 z = soft_cap(z, student_cap)
-            tl.store(ce_ptr + row, LN2 * lse_1 - tl.where(known, z, float("-inf")))
+            tl.store(ce_ptr + row, lse_1 * LN2 - tl.where(known, z, float("-inf")))
         if SAVE_STATS:
             tl.store(stats_ptr + row * 3, lse_s)
             tl.store(stats_ptr + row * 3 + 1, lse_t)
@@ -204,12 +204,12 @@ def token_loss_kernel(
             if KIND == FORWARD:
                 dz = factor * (q - tl.exp2(lp))
             if KIND == REVERSE:
-                dz = factor * tl.where(q > 0, (LN2 * q) * (lq - lp - row_constant), 0.0)
+                dz = factor * tl.where(q > 0, (q * LN2) * (lq - lp - row_constant), 0.0)
             if KIND == JSD:
                 away = -tl.log2((1 - beta) + beta * tl.exp2(log_ratio(lp, lq))) - row_constant
-                dz = (factor * (1 - beta) * LN2) * q * away
+                dz = q * away * (factor * (1 - beta) * LN2)
             if CE_GRAD:
-                dz += ce_weight * (tl.exp2(LOG2E * z_s - lse_1) - tl.where(cols == label, 1.0, 0.0))
+                dz += ce_weight * (tl.exp2(z_s * LOG2E - lse_1) - tl.where(cols == label, 1.0, 0.0))
             if STUDENT_CAP:
                 ratio = z_s / student_cap
                 dz *= 1.0 - ratio * ratio
