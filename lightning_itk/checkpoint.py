@@ -1,0 +1,73 @@
+"""What a checkpoint holds: the trained tensors, plain hyper-parameters, the random state of every rank."""
+
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def keep_out_of_checkpoints(module: nn.Module, *, frozen_only: bool = False) -> None:
+    """Leave a module's tensors out of every state dict, and let strict loading pass without them.
+
+    Args:
+        module: what to hide.
+        frozen_only: hide only parameters that need no gradient (the base model under adapters).
+    """
+
+    def hidden_keys() -> set[str]:
+        if frozen_only:
+            return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+
+    def drop(_: nn.Module, state: dict[str, Tensor], prefix: str, __: dict) -> None:
+        for name in hidden_keys():
+            state.pop(prefix + name, None)
+
+    def fill(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not frozen_only or name in hidden_keys():
+                state.setdefault(prefix + name, tensor.detach())
+
+    module.register_state_dict_post_hook(drop)
+    module.register_load_state_dict_pre_hook(fill)
+
+
+def rng_states(world_size: int) -> list[dict[str, Tensor]]:
+    """The random state of every rank; called on all of them."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if world_size == 1:
+        return [state]
+    states: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def set_rng_state(states: list[dict[str, Tensor]], rank: int) -> None:
+    """Go on where this rank left off. A rank that did not exist then keeps its fresh state."""
+    if rank >= len(states):
+        return
+    torch.set_rng_state(states[rank]["cpu"].cpu())
+    if "cuda" in states[rank] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[rank]["cuda"].cpu())
+
+
+def plain_hparams(hparams: Any) -> Any:
+    """Hyper-parameters without what only pickle could store; dataclasses become dicts."""
+    keep: dict[str, Any] = {}
+    for name, value in dict(hparams).items():
+        value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        if _is_plain(value):
+            keep[name] = str(value) if isinstance(value, Path) else value
+    return type(hparams)(keep)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool | Path)

@@ -1,0 +1,69 @@
+"""torchmetrics for instruction tuning."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class TokenMean(Metric):
+    """Sum of values over sum of counts: a mean that is right whatever the batches and the number of ranks."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: Tensor | int) -> None:
+        """Add a sum over elements and how many there were."""
+        self.total += torch.as_tensor(total).detach().to(self.total)
+        self.count += torch.as_tensor(count).to(self.count)
+
+    def compute(self) -> Tensor:
+        return (self.total / self.count.clamp_min(1)).float()
+
+
+class ResponsePerplexity(TokenMean):
+    """exp of the mean negative log-likelihood of the response tokens."""
+
+    def compute(self) -> Tensor:
+        return (self.total / self.count.clamp_min(1)).exp().float()
+
+
+class TeacherAgreement(TokenMean):
+    """Share of response positions where student and teacher would say the same token."""
+
+    def update(self, student_top1: Tensor, teacher_top1: Tensor) -> None:  # type: ignore[override]
+        """Args: the likeliest tokens of both at the same positions, any equal shape."""
+        super().update((student_top1 == teacher_top1).sum(), student_top1.numel())
+
+
+class ExactMatch(TokenMean):
+    """Share of answers that equal their reference once white space is normalised."""
+
+    def update(self, answers: Sequence[str], references: Sequence[str]) -> None:  # type: ignore[override]
+        if len(answers) != len(references):
+            raise ValueError(f"{len(answers)} answers but {len(references)} references")
+        hits = sum(_words(a) == _words(r) for a, r in zip(answers, references, strict=True))
+        super().update(torch.tensor(hits), len(answers))
+
+
+class WinRate(TokenMean):
+    """Share of comparisons won, a tie counting half: `update` takes scores of the same prompts."""
+
+    def update(self, scores: Tensor, opponent: Tensor) -> None:  # type: ignore[override]
+        """Args: scores [N] of this model and of the one it is compared with; higher is better."""
+        if scores.shape != opponent.shape:
+            raise ValueError(f"scores have shape {tuple(scores.shape)}, the opponent's {tuple(opponent.shape)}")
+        wins = (scores > opponent).sum() + 0.5 * (scores == opponent).sum()
+        super().update(wins, scores.numel())
+
+
+def _words(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
