@@ -1,0 +1,176 @@
+"""Records: check one and bring it into one form, a list of messages with an optional teacher tag.
+
+Known forms: `messages` (role, content; also ShareGPT's `conversations` with from, value), Alpaca (`instruction`,
+`input`, `output`), Dolly (`instruction`, `context`, `response`) and `prompt` with `completion`. Everything wrong with a
+record is one line.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Message = dict[str, str]
+
+PROMPTS, CONTEXTS, RESPONSES = ("instruction", "prompt"), ("input", "context"), ("response", "output", "completion")
+CONVERSATIONS = ("messages", "conversations")
+ROLES = (*CONVERSATIONS, "system", *PROMPTS, *CONTEXTS, *RESPONSES, "teacher", "is_domain")
+"""Our names for what a record holds: the keys of `Source.columns`."""
+
+_CHAT_ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message is one line: where, what, and what is expected."""
+
+
+class Record(NamedTuple):
+    """A checked record."""
+
+    messages: list[Message]  # ends with an assistant turn
+    teacher: str  # its own tag, "" if it has none
+    index: int  # its number in the source, from 0
+    place: str  # for error messages, e.g. "shop.jsonl line 17"
+
+    def digest(self) -> bytes:
+        """16 bytes that tell this record's conversation from any other."""
+        text = "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in self.messages)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def parse_line(line: bytes) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+        DataError: not UTF-8, or not JSON.
+    """
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text: byte 0x{line[error.start]:02x} at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"broken JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise DataError("broken JSON: nested too deeply") from None
+
+
+def check(record: Any, columns: Mapping[str, str], *, need_response: bool = True) -> tuple[list[Message], str]:
+    """Check a record and bring it into one form.
+
+    Args:
+        record: what a parser returned.
+        columns: our name for a field (`ROLES`) -> its name in the record.
+        need_response: False reads prompts: a response may be missing, and one that is there is left out.
+
+    Returns:
+        The messages, the last one the assistant's (or, for prompts, not the assistant's), and the record's own
+        teacher tag, "" if it has none. `is_domain` true and false mean the tags expert and reference.
+
+    Raises:
+        DataError: a field is missing, empty or of the wrong type; unknown chat role; no assistant turn.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"the record is {_kind(record)}, expected an object with fields")
+    for role, column in columns.items():
+        if column not in record and not (role in RESPONSES and not need_response):
+            raise DataError(f"no column {column!r} (columns maps {role} to it), found {_names(record)}")
+
+    def find(names: tuple[str, ...]) -> str | None:
+        """The record's name of the first of our fields that it has; mapped ones first."""
+        mapped = next((columns[name] for name in names if name in columns), None)
+        return mapped or next((name for name in names if record.get(name) is not None), None)
+
+    if (key := find(CONVERSATIONS)) is not None and not any(name in columns for name in PROMPTS + RESPONSES):
+        messages = _conversation(record[key], key)
+    else:
+        messages = _single_turn(record, find, need_response)
+    if need_response:
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()  # words nobody answers teach nothing
+        if not messages:
+            raise DataError("no assistant turn, expected at least one message of the role assistant")
+        for message in messages:
+            if message["role"] == "assistant" and not message["content"].strip():
+                raise DataError("empty response, expected text in every assistant turn")
+    else:
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise DataError("no prompt, expected a message that is not the assistant's")
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            raise DataError("the text holds half of a surrogate pair, which is not valid Unicode") from None
+    return messages, _teacher(record, find)
+
+
+def _single_turn(record: dict[str, Any], find: Any, need_response: bool) -> list[Message]:
+    prompt_key, response_key = find(PROMPTS), find(RESPONSES)
+    if prompt_key is None:
+        expected = "instruction, prompt or messages (or map yours with columns)"
+        raise DataError(f"no prompt: expected a field {expected}, found {_names(record)}")
+    if need_response and response_key is None:
+        raise DataError(f"missing response: expected one of {', '.join(RESPONSES)}, found {_names(record)}")
+    messages = []
+    if (key := find(("system",))) is not None and (system := _text(record, key, optional=True)):
+        messages.append({"role": "system", "content": system})
+    if isinstance(record[prompt_key], list):  # a conversation as prompt
+        messages += _conversation(record[prompt_key], prompt_key)
+    else:
+        parts = [_text(record, prompt_key)]
+        if (key := find(CONTEXTS)) is not None:
+            parts.append(_text(record, key, optional=True))
+        messages.append({"role": "user", "content": "\n\n".join(part for part in parts if part)})
+    if need_response and response_key is not None:
+        if isinstance(record[response_key], list):
+            messages += _conversation(record[response_key], response_key)
+        else:
+            messages.append({"role": "assistant", "content": _text(record, response_key)})
+    return messages
+
+
+def _conversation(turns: Any, key: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise DataError(f"field {key!r} is {_kind(turns)}, expected a list of messages")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        where = f"message {number} of {key!r}"
+        if not isinstance(turn, dict):
+            raise DataError(f"{where} is {_kind(turn)}, expected an object with role and content")
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or role not in _CHAT_ROLES:
+            raise DataError(f"{where}: unknown role {role!r}, expected one of {', '.join(_CHAT_ROLES)}")
+        if not isinstance(content, str):
+            raise DataError(f"{where}: content is {_kind(content)}, expected text")
+        messages.append({"role": _CHAT_ROLES[role], "content": content})
+    return messages
+
+
+def _text(record: dict[str, Any], key: str, *, optional: bool = False) -> str:
+    value = record[key]
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"field {key!r} is {_kind(value)}, expected text")
+    return value
+
+
+def _teacher(record: dict[str, Any], find: Any) -> str:
+    if (key := find(("teacher",))) is not None:
+        return _text(record, key, optional=True)
+    if (key := find(("is_domain",))) is not None:
+        value = record[key]
+        if value not in (0, 1):
+            raise DataError(f"field {key!r} is {value!r}, expected 0, 1, true or false")
+        return "expert" if value else "reference"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "missing" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(map(str, record)) if record else "no fields"
