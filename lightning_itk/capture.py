@@ -163,6 +163,8 @@ def _attend(
     """The attention function of a tapped model: see q and k if this forward call asks for it, then attend as before."""
     capture: _Capture | None = options.pop(_KEYWORD, None)
     if capture is not None:
+        if implementation == "sdpa" and options.get("softcap") is not None:
+            raise ValueError(f"{type(module).__name__}: sdpa ignores its soft-cap; load it with another implementation")
         capture.see(module, query, key, options)
     caller: Any = module
     if "flash" in implementation:
@@ -277,14 +279,15 @@ class AttentionTap:
             self.heads[layer] = attention.q.shape[1]
             expected = _rebuild(attention, value)
             tolerance = 1e-2 if output.dtype == torch.float32 else 5e-2  # also under TF32
-            if (output.float() - expected).abs().max() > tolerance * expected.abs().max():
+            agrees = (output.float() - expected).abs().max() <= tolerance * expected.abs().max()
+            if not agrees or not self._window_is_known(layer, attention):
                 raise ValueError(
                     f"attention capture: layer {layer} of {name} does not attend by "
                     "softmax(scaling * q k) over a causal window; the attention loss cannot serve it"
                 )
 
-        embedding = self.model.get_input_embeddings()
-        tokens = torch.arange(_PROBE_TOKENS, device=self.model.device) % embedding.num_embeddings
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tokens = torch.arange(_PROBE_TOKENS, device=self.model.device) % vocabulary
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -301,6 +304,14 @@ class AttentionTap:
                 f"attention capture: {name} shows transformers.AttentionInterface no attention, or more than one, "
                 f"in layers {wrong} of {self.num_layers}; the attention loss cannot serve them"
             )
+
+    def _window_is_known(self, layer: int, attention: LayerAttention) -> bool:
+        """Whether the config expects the window that the layer told; the probe is too short to see one in the map."""
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return attention.window == getattr(config, "sliding_window", None)
+        return kinds[layer] == ("full_attention" if attention.window is None else "sliding_attention")
 
     def remove(self) -> None:
         """Give the model its own attention function back."""
