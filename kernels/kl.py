@@ -1,7 +1,7 @@
 """KL, reverse KL and Jensen-Shannon between rows of logits, with the gradient recomputed from three scalars per row.
 
-    kl_divergence   the sum over kept rows
-    kl_rows         one value per row, so that every row can carry its own upstream gradient; optionally in place
+kl_divergence   the sum over kept rows
+kl_rows         one value per row, so that every row can carry its own upstream gradient; optionally in place
 """
 
 import torch
@@ -58,7 +58,9 @@ def kl_rows(
 
 def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: str, temperature: float) -> None:
     if student.ndim != 2 or teacher.ndim != 2 or student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"kl: logits must be [N, V] and [N, Vt], found {list(student.shape)} and {list(teacher.shape)}")
+        raise ValueError(
+            f"kl: logits must be [N, V] and [N, Vt], found {list(student.shape)} and {list(teacher.shape)}"
+        )
     if kind not in KINDS or kind == "none":
         raise ValueError(f"kl: kind must be forward, reverse or jsd, found {kind!r}")
     if not temperature > 0:

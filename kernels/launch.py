@@ -104,3 +104,10 @@ def eval_tile(arch: str, itemsize: int) -> tuple[int, int, int, int, int]:
     if arch == "interpret":
         return 16, 32, 16, 1, 1
     return 128, 128, 64, 8, 3
+
+
+def attention_tile(arch: str, kernel: str, dim: int, itemsize: int) -> Tile:
+    """Tile of the attention kernels ("forward", "dq", "dk") for the larger padded head dim and element size."""
+    if arch == "interpret":
+        return Tile(16, 32, 1, 1) if kernel == "forward" else Tile(32, 16, 1, 1)
+    return Tile(64, 64, 4, 2)

@@ -14,7 +14,6 @@ from .launch import (
     FORWARD,
     IGNORE_INDEX,
     INTERPRET,
-    JSD,
     KINDS,
     LN2,
     LOG2E,

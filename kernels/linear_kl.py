@@ -188,7 +188,9 @@ def linear_loss(
             z_s = torch.empty(rows, v, dtype=torch.float32, device=hidden.device)
             z_t = torch.empty_like(z_s) if teacher is not None else None
             dz = torch.empty(n if keep else rows, v, dtype=hidden.dtype, device=hidden.device)
-            d_weight_sum = d_weight[:v] if keep or not want_weight else d_weight.new_empty(v, width, dtype=torch.float32)
+            d_weight_sum = (
+                d_weight[:v] if keep or not want_weight else d_weight.new_empty(v, width, dtype=torch.float32)
+            )
             for start in range(0, n, rows):
                 chunk = slice(start, min(start + rows, n))
                 size = chunk.stop - start

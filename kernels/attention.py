@@ -1,0 +1,385 @@
+"""KL between the attention maps of a student and a teacher, from their queries and keys, without holding a map.
+
+The forward pass is one sweep over the scores and saves one log-sum-exp per row and head; the backward pass recomputes
+the scores in two deterministic kernels (no atomics), one for dq and one for dk.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention_kernels import EMPTY, attention_dk_kernel, attention_dq_kernel, attention_forward_kernel
+from .launch import INTERPRET, LOG2E, Tile, architecture, attention_tile, guard, precision, require
+
+
+def attention_kl(
+    q_student: Tensor,
+    k_student: Tensor,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    *,
+    scale_student: float,
+    scale_teacher: float,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    kind: str = "forward",
+    temperature: float = 1.0,
+    head_map: Tensor | None = None,
+    softcap_student: float | None = None,
+    softcap_teacher: float | None = None,
+    lse_student: Tensor | None = None,
+    lse_teacher: Tensor | None = None,
+) -> Tensor:
+    """Sum over kept query rows of the mean over student heads of KL(teacher map || student map).
+
+    Args:
+        q_student, k_student: [B, Hs, S, Ds], [B, Hs / any, S, Ds]; last dimension contiguous, any other stride.
+        q_teacher, k_teacher: [B, Ht, S, Dt], [B, Ht / any, S, Dt]; never get gradients.
+        scale_student, scale_teacher: factor on q · k.
+        causal: a query sees no later key.
+        window: keys that a query sees, itself included; needs causal.
+        cu_seqlens: int32 [segments + 1], boundaries over the B · S tokens laid end to end. Tokens attend within their
+            segment; the end of a batch row always ends a segment.
+        key_mask, row_mask: bool [B, S]; keys that may be seen, query rows that count. A row that sees no key counts 0.
+        kind: "forward" or "reverse" (KL(student map || teacher map)).
+        temperature: divides both scores; no T² here.
+        head_map: int64 [Hs, G], the teacher heads that each student head answers to; a row's value is the mean over
+            them. Default: consecutive groups, where one head count divides the other.
+        softcap_student, softcap_teacher: c · tanh(score / c) before the temperature.
+        lse_student, lse_teacher: [B, Hs, S], [B, Ht, S], natural log-sum-exp of exactly these scores (scaled, capped,
+            masked, divided by the temperature), if the model's own attention has them: both or neither. Saves a
+            forward sweep when gradients are needed and kind is "forward".
+
+    Returns:
+        fp32 scalar.
+    """
+    require(q_student.device)
+    q_s, k_s = _heads("student", q_student, k_student)
+    q_t, k_t = _heads("teacher", q_teacher.detach(), k_teacher.detach())
+    batch, heads, length = q_s.shape[:3]
+    if q_t.shape[0] != batch or q_t.shape[2] != length:
+        raise ValueError(f"attention_kl: student and teacher differ in batch or length: {q_s.shape} and {q_t.shape}")
+    if kind not in ("forward", "reverse"):
+        raise ValueError(f"attention_kl: the kernels know kind forward and reverse, found {kind!r}")
+    if not temperature > 0:
+        raise ValueError(f"attention_kl: temperature must be positive, found {temperature}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"attention_kl: window must be positive and needs causal=True, found {window}, {causal}")
+    for name, mask in (("key_mask", key_mask), ("row_mask", row_mask)):
+        if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
+            raise ValueError(f"attention_kl: {name} must be bool [{batch}, {length}], found {mask.dtype} {mask.shape}")
+    if (lse_student is None) != (lse_teacher is None):
+        raise ValueError("attention_kl: lse_student and lse_teacher come together or not at all")
+    head_map, fixed = _head_map(head_map, heads, k_s.shape[1], q_t.shape[1], k_t.shape[1], q_s.device)
+    given = ()
+    if lse_student is not None and lse_teacher is not None:
+        given = (_log2(lse_student, row_mask), _log2(lse_teacher[:, head_map], row_mask))
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (q_s, k_s)]
+    return attention_loss(
+        q_s, k_s, q_t, k_t,
+        head_map.to(torch.int32),
+        None if cu_seqlens is None else segments(cu_seqlens.to(q_s.device), batch, length),
+        None if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        None if row_mask is None else row_mask.contiguous().view(torch.uint8),
+        *(given if given and kind == "forward" and wanted[0] else (None, None)),
+        float(scale_student), float(scale_teacher), softcap_student, softcap_teacher,
+        causal, window or 0, kind == "reverse", float(temperature), fixed, *wanted,
+    )[0]  # fmt: skip
+
+
+def _heads(name: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Check one model's queries and keys."""
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention_kl: {name} q and k must be [B, H, S, D] and [B, Hkv, S, D] with Hkv dividing H, "
+            f"found {list(q.shape)} and {list(k.shape)}"
+        )
+    if q.shape[-1] > 256:
+        raise ValueError(f"attention_kl: {name} head dim must be at most 256, found {q.shape[-1]}")
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != k.dtype:
+        q, k = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k))
+    if q.dtype != k.dtype:
+        raise ValueError(f"attention_kl: {name} q is {q.dtype} and k {k.dtype}, expected one dtype")
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))  # type: ignore[return-value]
+
+
+def _head_map(
+    head_map: Tensor | None, hs: int, hs_kv: int, ht: int, ht_kv: int, device: torch.device
+) -> tuple[Tensor, bool]:
+    """[Hs, G] and whether all pairs of a student key head share one teacher key head by construction."""
+    if head_map is not None:
+        if head_map.ndim != 2 or head_map.shape[0] != hs:
+            raise ValueError(f"attention_kl: head_map must be [{hs}, G], found {list(head_map.shape)}")
+        return head_map.to(device), False
+    if ht % hs == 0:
+        groups = torch.arange(ht, device=device).view(hs, ht // hs)
+    elif hs % ht == 0:
+        groups = torch.arange(hs, device=device)[:, None] // (hs // ht)
+    else:
+        raise ValueError(f"attention_kl: {hs} student and {ht} teacher heads do not divide; give a head_map")
+    return groups, ht_kv <= hs_kv and hs_kv % ht_kv == 0
+
+
+def _log2(lse: Tensor, row_mask: Tensor | None) -> Tensor:
+    """A caller's natural log-sum-exps in the kernels' convention: log2, EMPTY where the row drops out."""
+    lse = lse.detach().float() * LOG2E.value
+    usable = lse.abs() < 1e29
+    if row_mask is not None:
+        usable = usable & row_mask.view(row_mask.shape[0], *(1,) * (lse.ndim - 2), row_mask.shape[1])
+    return torch.where(usable, lse, EMPTY.value).contiguous()
+
+
+def segments(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """First and past-the-end position of each token's segment within its batch row: int32 [2, B, S]."""
+    tokens = torch.arange(batch * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    index = torch.searchsorted(cu_seqlens, tokens, right=True)
+    starts = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens])[index]
+    ends = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), batch * length)])[index]
+    row = tokens // length * length
+    bounds = torch.stack([torch.maximum(starts, row) - row, torch.minimum(ends, row + length) - row])
+    return bounds.to(torch.int32).view(2, batch, length)
+
+
+class Problem(NamedTuple):
+    """What every kernel of one call shares."""
+
+    q_s: Tensor
+    k_s: Tensor
+    q_t: Tensor
+    k_t: Tensor
+    head_map: Tensor
+    spans: Tensor | None
+    key_mask: Tensor | None
+    row_mask: Tensor | None
+    scale_s: float
+    scale_t: float
+    cap_s: float | None
+    cap_t: float | None
+    causal: bool
+    window: int
+    reverse: bool
+    temperature: float
+    fixed: bool
+
+    def tile(self, kernel: str) -> Tile:
+        dim = max(_padded(self.q_s.shape[-1]), _padded(self.q_t.shape[-1]))
+        itemsize = max(self.q_s.element_size(), self.q_t.element_size())
+        return attention_tile(architecture(self.q_s.device), kernel, dim, itemsize)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Inputs and masks; a disabled mask is a pointer that no kernel reads."""
+        q_s, spans = self.q_s, (self.q_s, self.q_s) if self.spans is None else self.spans.unbind()
+        return (
+            q_s,
+            self.k_s,
+            self.q_t,
+            self.k_t,
+            self.head_map,
+            *spans,
+            q_s if self.key_mask is None else self.key_mask,
+        )
+
+    def numbers(self) -> tuple[float, ...]:
+        strides = [x.stride(d) for x in (self.q_s, self.k_s, self.q_t, self.k_t) for d in range(3)]
+        to_log2 = LOG2E.value / self.temperature
+        caps = (float(self.cap_s or 1.0), float(self.cap_t or 1.0))
+        return (*strides, self.q_s.shape[2], self.window, self.scale_s, self.scale_t, *caps, to_log2)
+
+    def options(self, tile: Tile) -> dict[str, object]:
+        arch = architecture(self.q_s.device)
+        ds, dt = self.q_s.shape[-1], self.q_t.shape[-1]
+        return {
+            "G": self.head_map.shape[1],
+            "QS": self.q_s.shape[1] // self.k_s.shape[1],
+            "QT": self.q_t.shape[1] // self.k_t.shape[1],
+            "DS": ds,
+            "DT": dt,
+            "BLOCK_DS": _padded(ds),
+            "BLOCK_DT": _padded(dt),
+            "CAUSAL": self.causal,
+            "WINDOW": self.window > 0,
+            "SEGMENTS": self.spans is not None,
+            "KEY_MASK": self.key_mask is not None,
+            "ROW_MASK": self.row_mask is not None,
+            "CAP_S": bool(self.cap_s),
+            "CAP_T": bool(self.cap_t),
+            "REVERSE": self.reverse,
+            "PRECISION_S": precision(arch, self.q_s.dtype),
+            "PRECISION_T": precision(arch, self.q_t.dtype),
+            "UPCAST": INTERPRET,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+    def gradient_factors(self) -> tuple[float, float]:
+        """Factor on dscores before they are rounded (fp16 loses what is below 6e-8), and factor on dq and dk."""
+        heads, pairs = self.q_s.shape[1], self.head_map.shape[1]
+        unit = 8192.0 / pairs if self.q_s.dtype == torch.float16 else 1.0
+        per_log = 1.0 / LOG2E.value if self.reverse else 1.0
+        return unit, self.scale_s * per_log / (self.temperature * pairs * heads * unit)
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """KL rows [B, Hs, S] (mean over pairs), lse_s [B, Hs, S], lse_t [B, Hs, G, S] (log2)."""
+    batch, heads, length = p.q_s.shape[:3]
+    pairs, tile = p.head_map.shape[1], p.tile("forward")
+    kl = torch.empty(batch, heads, pairs, length, dtype=torch.float32, device=p.q_s.device)
+    lse_t, lse_s = torch.empty_like(kl), torch.empty_like(kl[:, :, 0], memory_format=torch.contiguous_format)
+    with guard(p.q_s):
+        attention_forward_kernel[(triton.cdiv(length, tile.block_m), heads * pairs, batch)](
+            *p.tensors(), p.q_s if p.row_mask is None else p.row_mask, kl, lse_s, lse_t, *p.numbers(), **p.options(tile)
+        )
+    return kl.mean(2) if pairs > 1 else kl[:, :, 0].clone(), lse_s, lse_t
+
+
+def _dq(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstream: Tensor | None) -> Tensor:
+    """dq [B, Hs, S, Ds]; without `upstream` it is for upstream 1 and the KL rows are written into `kl`."""
+    batch, heads, length = p.q_s.shape[:3]
+    tile = p.tile("dq")
+    dq = torch.empty(p.q_s.shape, dtype=p.q_s.dtype, device=p.q_s.device)
+    with guard(p.q_s):
+        attention_dq_kernel[(triton.cdiv(length, tile.block_m), heads, batch)](
+            *p.tensors(), p.q_s if p.row_mask is None else p.row_mask, kl, lse_s, lse_t,
+            kl if upstream is None else upstream, dq, *p.numbers(), *p.gradient_factors(),
+            EMIT=upstream is None, **p.options(tile),
+        )  # fmt: skip
+    return dq
+
+
+def _dk(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstream: Tensor) -> Tensor:
+    """dk [B, Hkv, S, Ds]."""
+    batch, heads, length = p.k_s.shape[:3]
+    tile = p.tile("dk")
+    dk = torch.empty(p.k_s.shape, dtype=p.k_s.dtype, device=p.k_s.device)
+    blocks = ranks = p.head_map
+    if p.row_mask is not None:  # list the query blocks that hold a kept row, so that the others cost nothing
+        padded = torch.nn.functional.pad(p.row_mask, (0, -length % tile.block_m))
+        active = padded.view(batch, -1, tile.block_m).amax(-1) != 0
+        blocks = torch.argsort(~active, dim=1, stable=True).to(torch.int32)
+        ranks = torch.nn.functional.pad(active.cumsum(1), (1, 0)).to(torch.int32)
+    with guard(p.q_s):
+        attention_dk_kernel[(triton.cdiv(length, tile.block_n), heads, batch)](
+            *p.tensors(), blocks, ranks, kl, lse_s, lse_t, upstream, dk, *p.numbers(), *p.gradient_factors(),
+            FIXED=p.fixed, **p.options(tile),
+        )  # fmt: skip
+    return dk
+
+
+@torch.library.custom_op("lightning_itk::attention_loss", mutates_args=())
+def attention_loss(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    head_map: Tensor,
+    spans: Tensor | None,
+    key_mask: Tensor | None,
+    row_mask: Tensor | None,
+    lse_s: Tensor | None,
+    lse_t: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    cap_s: float | None,
+    cap_t: float | None,
+    causal: bool,
+    window: int,
+    reverse: bool,
+    temperature: float,
+    fixed: bool,
+    want_q: bool,
+    want_k: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, KL rows, lse_s, lse_t, and dq for upstream 1 if the caller's log-sum-exps made it free (else empty)."""
+    options = (scale_s, scale_t, cap_s, cap_t, causal, window, reverse, temperature, fixed)
+    p = Problem(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, *options)
+    if lse_s is not None and lse_t is not None:
+        lse_s, lse_t = lse_s.clone(), lse_t.clone()  # an op's outputs may not be its inputs
+        kl = torch.empty(q_s.shape[:3], dtype=torch.float32, device=q_s.device)
+        dq = _dq(p, kl, lse_s, lse_t, None)
+    else:
+        kl, lse_s, lse_t = _forward(p)
+        dq = q_s.new_empty(0)
+    return kl.sum() / q_s.shape[1], kl, lse_s, lse_t, dq
+
+
+@attention_loss.register_fake
+def _(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, lse_s, *rest):  # type: ignore[no-untyped-def]
+    batch, heads, length = q_s.shape[:3]
+    kl = torch.empty(batch, heads, length, dtype=torch.float32, device=q_s.device)
+    lse_t = torch.empty(batch, heads, head_map.shape[1], length, dtype=torch.float32, device=q_s.device)
+    dq = torch.empty((0,) if lse_s is None else q_s.shape, dtype=q_s.dtype, device=q_s.device)
+    return kl.new_empty(()), kl, torch.empty_like(kl), lse_t, dq
+
+
+@torch.library.custom_op("lightning_itk::attention_backward", mutates_args=())
+def attention_backward(
+    upstream: Tensor,
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    head_map: Tensor,
+    spans: Tensor | None,
+    key_mask: Tensor | None,
+    row_mask: Tensor | None,
+    kl: Tensor,
+    lse_s: Tensor,
+    lse_t: Tensor,
+    scale_s: float,
+    scale_t: float,
+    cap_s: float | None,
+    cap_t: float | None,
+    causal: bool,
+    window: int,
+    reverse: bool,
+    temperature: float,
+    fixed: bool,
+    want_q: bool,
+    want_k: bool,
+) -> tuple[Tensor, Tensor]:
+    """dq and dk (empty where not wanted)."""
+    options = (scale_s, scale_t, cap_s, cap_t, causal, window, reverse, temperature, fixed)
+    p = Problem(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, *options)
+    dq = _dq(p, kl, lse_s, lse_t, upstream) if want_q else q_s.new_empty(0)
+    dk = _dk(p, kl, lse_s, lse_t, upstream) if want_k else k_s.new_empty(0)
+    return dq, dk
+
+
+@attention_backward.register_fake
+def _(upstream, q_s, k_s, *rest):  # type: ignore[no-untyped-def]
+    shapes = [x.shape if wanted else (0,) for x, wanted in zip((q_s, k_s), rest[-2:], strict=True)]
+    return tuple(torch.empty(s, dtype=x.dtype, device=x.device) for s, x in zip(shapes, (q_s, k_s), strict=True))
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, kl, lse_s, lse_t, dq = output
+    ctx.options = inputs[10:]
+    ctx.has_dq = inputs[8] is not None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:8], kl, lse_s, lse_t, dq)
+
+
+def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+    if upstream is None:
+        return (None,) * 21
+    *saved, ready = ctx.saved_tensors
+    *options, want_q, want_k = ctx.options
+    dq, dk = attention_backward(upstream, *saved, *options, want_q and not ctx.has_dq, want_k)
+    if ctx.has_dq:
+        dq = ready * upstream
+    return (dq if want_q else None, dk if want_k else None, *(None,) * 19)
+
+
+attention_loss.register_autograd(_backward, setup_context=_setup)
