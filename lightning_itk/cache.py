@@ -97,9 +97,13 @@ class TokenizedSource:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         counts = [np.diff(offsets) for offsets, _ in self._input_ids]
         self.lengths = np.concatenate([np.empty(0, np.int32), *counts])  # tokens [samples]
+        self.learned = np.concatenate([np.empty(0, np.int32), *(_widths(*spans) for spans in self._spans)])
         self.record, self.teacher = whole("record"), whole("teacher")
         self.response_chars, self.digest = whole("response_chars"), whole("digest")
         self._bytes_read = 0
+
+    def __reduce__(self) -> tuple[type["TokenizedSource"], tuple[Path]]:
+        return TokenizedSource, (self.folder,)  # spawned loader workers map the file themselves
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -190,13 +194,13 @@ def _work(job: _Job, chunk: Chunk) -> _Block:
     counts["learned"] = int(sum((span[:, 1] - span[:, 0]).sum() for span in spans))
     counts["max_token_id"] = int(flat_ids.max(initial=-1))
     digests = [record.digest() for record in records]
-    by_index = {record.index: digest for record, digest in zip(records, digests, strict=True)}
+    by_number = {record.number: digest for record, digest in zip(records, digests, strict=True)}
     columns = {
         "input_ids": (np.cumsum([0, *map(len, ids)], dtype=np.int32), flat_ids),
         "spans": (np.cumsum([0, *(span.size for span in spans)], dtype=np.int32), _flat(spans)),
-        "record": np.array([record.index for record, _ in kept], np.int64),
+        "record": np.array([record.number for record, _ in kept], np.int64),
         "response_chars": np.array([_response_chars(record) for record, _ in kept], np.int32),
-        "digest": np.array([int.from_bytes(by_index[record.index][:8], "little") for record, _ in kept], np.uint64),
+        "digest": np.array([int.from_bytes(by_number[record.number][:8], "little") for record, _ in kept], np.uint64),
     }
     return _Block(columns, [record.teacher for record, _ in kept], b"".join(digests), counts, dropped)
 
@@ -225,6 +229,12 @@ def _response_chars(record: Record) -> int:
 
 def _flat(spans: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int32), *(span.ravel() for span in spans)])
+
+
+def _widths(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Learned tokens per sample, from flat pairs of ends."""
+    total = np.concatenate([[0], np.cumsum(spans[1::2] - spans[::2])])
+    return np.diff(total[offsets // 2]).astype(np.int32)
 
 
 def _build(folder: Path, job: _Job, num_proc: int, progress: bool) -> None:

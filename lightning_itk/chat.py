@@ -175,7 +175,7 @@ class ChatEncoder:
     def _call_template(self, conversations: Sequence[Sequence[Message]], **options: Any) -> tuple[list[str], list[Any]]:
         try:
             return render_jinja_template(  # type: ignore[return-value]
-                list(conversations), chat_template=self.template, **options, **self._variables
+                list(map(list, conversations)), chat_template=self.template, **options, **self._variables
             )
         except Exception as error:  # a template is a program: any of its lines may fail
             raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
@@ -231,7 +231,8 @@ class ChatEncoder:
 
     def _with_stops(self, text: str, spans: Spans) -> tuple[str, Spans]:
         """Extend each span over its stop token; append EOS where the last turn has none."""
-        extended, stop_text = [], ""
+        extended: Spans = []
+        stop_text = ""
         for start, end in reversed(spans):
             if stop := self._stop.match(text, end):
                 end = stop.end()

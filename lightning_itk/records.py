@@ -29,7 +29,7 @@ class Record(NamedTuple):
 
     messages: list[Message]  # ends with an assistant turn
     teacher: str  # its own tag, "" if it has none
-    index: int  # its number in the source, from 0
+    number: int  # in its source, from 0
     place: str  # for error messages, e.g. "shop.jsonl line 17"
 
     def digest(self) -> bytes:

@@ -10,7 +10,6 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -89,14 +88,13 @@ def read_chunks(source: Source) -> Iterator[Chunk]:
     places: list[int] = []
     raw: list[Any] = []
     first = size = 0
-    with closing(records):
-        for place, record in records:
-            places.append(place)
-            raw.append(record)
-            size += len(record) if isinstance(record, bytes) else 1000
-            if len(raw) >= _CHUNK_RECORDS or size >= _CHUNK_BYTES:
-                yield Chunk(name, unit, first, places, raw)
-                first, size, places, raw = first + len(raw), 0, [], []
+    for place, record in records:
+        places.append(place)
+        raw.append(record)
+        size += len(record) if isinstance(record, bytes) else 1000
+        if len(raw) >= _CHUNK_RECORDS or size >= _CHUNK_BYTES:
+            yield Chunk(name, unit, first, places, raw)
+            first, size, places, raw = first + len(raw), 0, [], []
     if raw:
         yield Chunk(name, unit, first, places, raw)
     if first + len(raw) == 0:
