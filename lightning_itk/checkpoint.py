@@ -16,22 +16,31 @@ def keep_out_of_checkpoints(module: nn.Module, *, frozen_only: bool = False) -> 
         frozen_only: hide only parameters that need no gradient (the base model under adapters).
     """
 
-    def hidden_keys() -> set[str]:
-        if frozen_only:
-            return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-        return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    def hidden() -> dict[str, Tensor]:
+        tensors = {name: p.detach() for name, p in module.named_parameters() if not (frozen_only and p.requires_grad)}
+        if not frozen_only:
+            tensors |= _persistent_buffers(module)
+        return tensors
 
     def drop(_: nn.Module, state: dict[str, Tensor], prefix: str, __: dict) -> None:
-        for name in hidden_keys():
+        for name in hidden():
             state.pop(prefix + name, None)
 
     def fill(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not frozen_only or name in hidden_keys():
-                state.setdefault(prefix + name, tensor.detach())
+        for name, tensor in hidden().items():
+            state.setdefault(prefix + name, tensor)
 
     module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_pre_hook(fill)
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, child in module.named_modules()
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    }
 
 
 def rng_states(world_size: int) -> list[dict[str, Tensor]]:
@@ -55,14 +64,14 @@ def set_rng_state(states: list[dict[str, Tensor]], rank: int) -> None:
         torch.cuda.set_rng_state(states[rank]["cuda"].cpu())
 
 
-def plain_hparams(hparams: Any) -> Any:
+def plain_hparams(hparams: Any) -> dict[str, Any]:
     """Hyper-parameters without what only pickle could store; dataclasses become dicts."""
     keep: dict[str, Any] = {}
     for name, value in dict(hparams).items():
         value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         if _is_plain(value):
             keep[name] = str(value) if isinstance(value, Path) else value
-    return type(hparams)(keep)
+    return keep
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """InstructionModule: a student, its steps, its exact normalisation. One hook to override: `losses(batch)`."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Term(NamedTuple):
 
     total: Float[Tensor, ""]  # summed over its elements (tokens, query rows, …), not averaged
     weight: float = 1.0  # 0 = only logged
+    elements: Tensor | None = None  # what the log divides the total by; None = the batch's response tokens
 
 
 class Ratio(NamedTuple):
@@ -79,7 +80,6 @@ class InstructionModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self._hparams = plain_hparams(self.hparams)  # so that checkpoints load with weights_only=True
         if warmup < 0:
             raise ValueError(f"warmup must not be negative, got {warmup}")
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
@@ -100,13 +100,14 @@ class InstructionModule(L.LightningModule):
             keep_out_of_checkpoints(model, frozen_only=True)
         if gradient_checkpointing:
             # Non-reentrant: side effects of a layer's forward, such as the attention loss, keep their graph.
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             if lora is not None:
                 student.enable_input_require_grads()
         if compile:
             base_causal_lm(model).get_decoder().compile()
         self.student = model.train()  # from_pretrained leaves a model in eval mode
-        self._hidden: tuple[Batch, HiddenStates] | None = None
+        self._known: tuple[Batch, dict[str, Any]] | None = None
         self._window: dict[str, Tensor] = {}
         self._metrics: dict[str, TokenMean] = {}
         self._clock: tuple[float, int] | None = None
@@ -133,11 +134,22 @@ class InstructionModule(L.LightningModule):
         """Every language model of this module: what FSDP2 shards."""
         yield self.student
 
+    def run_student(self, batch: Batch) -> HiddenStates:
+        """One forward pass of the student; what a method does around it (attach an attention loss) goes here."""
+        return hidden_states(self.student, batch)
+
     def student_states(self, batch: Batch) -> HiddenStates:
         """The student's hidden states [B, S, H] and head; computed once per batch, however often it is asked for."""
-        if self._hidden is None or self._hidden[0] is not batch:
-            self._hidden = (batch, hidden_states(self.student, batch))
-        return self._hidden[1]
+        return self.once(batch, "student", lambda: self.run_student(batch))
+
+    def once(self, batch: Batch, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns for this batch, computed once per step."""
+        if self._known is None or self._known[0] is not batch:
+            self._known = (batch, {})
+        known = self._known[1]
+        if name not in known:
+            known[name] = compute()
+        return known[name]
 
     def response_states(self, batch: Batch) -> tuple[Float[Tensor, "N H"], Head, Tensor]:
         """The student's hidden states where something is predicted [N, H], its head, and the targets [N]."""
@@ -155,12 +167,14 @@ class InstructionModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = self._laid_out(batch)
         terms = self.losses(batch)
-        sums = {f"train/{name}": term.total for name, term in terms.items()}
-        total = torch.stack([term.weight * term.total for term in terms.values() if term.weight]).sum()
-        sums |= {"train/loss": total, "targets": count_targets(batch), "tokens": real_tokens(batch).sum()}
-        sums |= {"slots": torch.tensor(batch["input_ids"].numel(), device=total.device)}
+        targets, total = count_targets(batch), _weighted(terms)
+        sums = {"targets": targets, "tokens": real_tokens(batch).sum(), "slots": batch["input_ids"].numel()}
+        for name, term in {**terms, "loss": Term(total)}.items():
+            sums[f"train/{name}"] = term.total
+            sums[f"elements/{name}"] = targets if term.elements is None else term.elements
         for name, value in sums.items():
-            self._window[name] = self._window.get(name, 0) + value.detach().double()
+            added = torch.as_tensor(value, device=total.device).detach().double()
+            self._window[name] = self._window[name] + added if name in self._window else added
         return total * LOSS_SCALE
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -171,10 +185,11 @@ class InstructionModule(L.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         batch = self._laid_out(batch)
-        terms, count = self.losses(batch), count_targets(batch)
-        ratios = {name: Ratio(term.total, count) for name, term in terms.items()}
-        weighted = [term.weight * term.total for term in terms.values() if term.weight]
-        ratios["loss"] = Ratio(torch.stack(weighted).sum(), count)
+        terms, targets = self.losses(batch), count_targets(batch)
+        ratios = {
+            name: Ratio(term.total, targets if term.elements is None else term.elements)
+            for name, term in {**terms, "loss": Term(_weighted(terms))}.items()
+        }
         ratios |= self.evaluate(batch)
         for name, ratio in ratios.items():
             self._metric(f"{stage}/{name}", TokenMean).update(*ratio)
@@ -197,6 +212,10 @@ class InstructionModule(L.LightningModule):
         return batch
 
     # Hooks
+
+    def _set_hparams(self, hp: Any) -> None:
+        # Before Lightning copies them: no models, nothing that a weights_only checkpoint cannot hold.
+        super()._set_hparams(plain_hparams(hp))
 
     def configure_model(self) -> None:
         if self.device_mesh is None:
@@ -251,12 +270,10 @@ class InstructionModule(L.LightningModule):
             self._log_step(optimizer, sums)
 
     def _log_step(self, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]) -> None:
-        targets = sums["targets"].clamp_min(1)
-        self.log_dict(
-            {name: (total / targets).float() for name, total in sums.items() if name.startswith("train/")},
-            prog_bar=False,
-        )
-        self.log("loss", (sums["train/loss"] / targets).float(), prog_bar=True, logger=False)
+        names = [name.removeprefix("train/") for name in sums if name.startswith("train/")]
+        means = {name: (sums[f"train/{name}"] / sums[f"elements/{name}"].clamp_min(1)).float() for name in names}
+        self.log_dict({f"train/{name}": mean for name, mean in means.items()})
+        self.log("loss", means["loss"], prog_bar=True, logger=False)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -269,7 +286,7 @@ class InstructionModule(L.LightningModule):
         self._clock = (now, step)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self._hidden = None
+        self._known = None
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics()
@@ -278,7 +295,7 @@ class InstructionModule(L.LightningModule):
         self._log_metrics()
 
     def _log_metrics(self) -> None:
-        self._hidden = None
+        self._known = None
         for name, metric in self._metrics.items():
             self.log(name, metric.compute(), prog_bar=name == "val/loss")
         self._metrics.clear()
@@ -303,6 +320,10 @@ class InstructionModule(L.LightningModule):
         else:
             scheduler = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _weighted(terms: dict[str, Term]) -> Tensor:
+    return torch.stack([term.weight * term.total for term in terms.values() if term.weight]).sum()
 
 
 def _replicas(trainer: L.Trainer) -> int:

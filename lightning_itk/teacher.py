@@ -1,15 +1,27 @@
 """A frozen model to learn from: loaded, kept in eval mode, kept out of checkpoints."""
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_itk.batch import Batch
+from lightning_itk.capture import AttentionTap, LayerAttention, install
 from lightning_itk.checkpoint import keep_out_of_checkpoints
-from lightning_itk.hidden import HiddenStates, check_head, hidden_states
+from lightning_itk.chunked import Head
+from lightning_itk.hidden import check_head, hidden_states
 from lightning_itk.loading import DType, first_difference, load_causal_lm, load_tokenizer
+
+
+class Answer(NamedTuple):
+    """What a teacher says about a batch."""
+
+    states: Float[Tensor, "B S H"]  # the head's input
+    head: Head
+    attention: Mapping[int, LayerAttention]  # queries and keys of the layers that are watched
 
 
 class Teacher(nn.Module):
@@ -47,6 +59,8 @@ class Teacher(nn.Module):
                 model_kwargs=model_kwargs,
             )
         self.model = model.requires_grad_(False).eval()
+        self._tap: AttentionTap | None = None
+        self._watched: tuple[int, ...] = ()
         check_head(self.model)
         keep_out_of_checkpoints(self)
 
@@ -54,10 +68,19 @@ class Teacher(nn.Module):
         """A teacher has no training mode."""
         return super().train(False)
 
+    def watch(self, layers: Collection[int]) -> AttentionTap:
+        """Hand out the queries and keys of these layers from now on."""
+        self._tap, self._watched = install(self.model, layers), tuple(layers)
+        return self._tap
+
     @torch.no_grad()
-    def forward(self, batch: Batch) -> HiddenStates:
-        """The head's input for every position of the batch, and the head."""
-        return hidden_states(self.model, batch)
+    def forward(self, batch: Batch) -> Answer:
+        """The head's input for every position of the batch, the head, and what `watch` asked for."""
+        if self._tap is None:
+            return Answer(*hidden_states(self.model, batch), {})
+        with self._tap.record(self._watched) as seen:
+            states = hidden_states(self.model, batch)
+        return Answer(*states, seen)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a student with another tokenizer: probabilities over different tokens cannot be compared.
@@ -65,6 +88,7 @@ class Teacher(nn.Module):
         Raises:
             ValueError: names the first differing token.
         """
-        difference = first_difference(tokenizer, load_tokenizer(self.name, trust_remote_code=self._trust_remote_code))
+        own = load_tokenizer(self.name, trust_remote_code=self._trust_remote_code)
+        difference = first_difference(tokenizer, own)
         if difference:
             raise ValueError(f"student and teacher {self.name!r} have different tokenizers: {difference}")
