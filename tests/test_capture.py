@@ -90,7 +90,10 @@ def test_captured_maps_are_the_models_own(family, implementation) -> None:
     plain = {name: model(**inputs, use_cache=False).logits for name, inputs in batches().items()}
     tap = install(model)
     assert tap.heads == {0: 4, 1: 4, 2: 4}
+    assert tap.packed_rows == (0 if family == "opt" else 2)
     for name, inputs in batches().items():
+        if name == "packed" and family == "opt":
+            continue
         own = eager(**inputs, use_cache=False, output_attentions=True).attentions
         with torch.no_grad(), tap.record() as seen:
             logits = model(**inputs, use_cache=False).logits
@@ -271,6 +274,21 @@ def test_packed_segments_survive_only_without_a_cache() -> None:
         model(input_ids=inputs["input_ids"][:, 5:], past_key_values=cache)
 
 
+def test_packing_that_the_model_ignores_is_refused() -> None:
+    """OPT hands no positions to its mask: packed samples see each other, whatever the loss is."""
+    model = model_of("opt")
+    tap = install(model)
+    tokens = batches()["packed"]["input_ids"]
+    changed = tokens.clone()
+    changed[0, 0] = 63 - changed[0, 0]
+    logits = [model(input_ids=t, position_ids=batches()["packed"]["position_ids"]).logits for t in (tokens, changed)]
+    assert not torch.equal(logits[0][0, 6:], logits[1][0, 6:])  # the second sample sees the first
+    with pytest.raises(ValueError, match="OPTForCausalLM with sdpa attention lets packed samples see"), tap.record():
+        model(**batches()["packed"], use_cache=False)
+    with tap.record():
+        model(**batches()["padded"], use_cache=False)
+
+
 def test_saved_model_does_not_know_the_tap(tmp_path) -> None:
     model = model_of("gemma3_text")
     install(model)
@@ -342,7 +360,11 @@ def test_lora() -> None:
         ),
         ("mamba", {}, "MambaForCausalLM shows .* no attention"),
         ("gpt_oss", {"num_local_experts": 4, "head_dim": 8}, "GptOssAttention has attention sinks"),
-        ("llama4_text", {"head_dim": 8, "num_local_experts": 2}, "layer 0 of Llama4ForCausalLM does not attend by"),
+        (
+            "llama4_text",
+            {"head_dim": 8, "num_local_experts": 2},
+            r"layers \[0, 1, 2\] of Llama4ForCausalLM do not attend",
+        ),
     ],
 )
 def test_models_that_cannot_be_served(family, changes, message) -> None:
@@ -367,6 +389,14 @@ def test_a_layer_that_bypasses_the_interface_is_named() -> None:
         model(**batches()["packed"], use_cache=False)
 
 
+def test_some_layers_only() -> None:
+    model = model_of()
+    tap = install(model, layers=[1])
+    with tap.record([1]) as seen:
+        model(**batches()["packed"], use_cache=False)
+    assert sorted(seen) == [1]
+
+
 def test_attention_that_is_not_the_softmax_of_q_and_k_is_named() -> None:
     model = model_of()
     attention = model.model.layers[2].self_attn
@@ -375,7 +405,7 @@ def test_attention_that_is_not_the_softmax_of_q_and_k_is_named() -> None:
     attention.forward = lambda hidden_states, attention_mask=None, **kwargs: inner(  # a mask the config does not tell
         hidden_states, attention_mask=torch.eye(hidden_states.shape[1]).bool()[None, None], **kwargs
     )
-    with pytest.raises(ValueError, match="layer 2 of LlamaForCausalLM does not attend by"):
+    with pytest.raises(ValueError, match=r"layers \[2\] of LlamaForCausalLM do not attend by"):
         install(model)
 
 
