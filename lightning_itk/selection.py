@@ -191,6 +191,47 @@ def thirds(scores: ArrayLike | Tensor, clusters: ArrayLike | Tensor | None = Non
     return low, middle, high
 
 
+def describe(
+    scores: ArrayLike | Tensor, tokens: ArrayLike | Tensor, chosen: ArrayLike | Tensor, *, seed: int = 0
+) -> dict[str, float]:
+    """What a selection holds and how far a trivial one would be the same.
+
+    Args:
+        scores: what was ranked [samples]; nan = undefined.
+        tokens: response tokens [samples].
+        chosen: indices of the selected samples.
+        seed: of the random selection to compare with.
+
+    Returns:
+        samples, defined, dropped (undefined), without_response, selected; mean_tokens and mean_tokens_all (of the
+        selected and of all defined samples); lowest and highest selected score; overlap_random and overlap_longest, the
+        share of the selected samples that a random and the longest-response selection of the same size also hold.
+    """
+    values, lengths, picked = _array(scores), _array(tokens), _array(chosen)
+    defined = ~np.isnan(values)
+    summary: dict[str, float] = {
+        "samples": len(values),
+        "defined": int(defined.sum()),
+        "dropped": int((~defined).sum()),
+        "without_response": int((lengths == 0).sum()),
+        "selected": len(picked),
+    }
+    if not len(picked):
+        return summary
+    share = len(picked) / int(defined.sum())
+    usable = np.where(defined, lengths, np.nan)
+    taken = np.zeros(len(values), np.bool_)
+    taken[picked] = True
+    return summary | {
+        "mean_tokens": float(lengths[picked].mean()),
+        "mean_tokens_all": float(lengths[defined].mean()),
+        "lowest": float(values[picked].min()),
+        "highest": float(values[picked].max()),
+        "overlap_random": float(taken[select(values, share, order="random", seed=seed)].mean()),
+        "overlap_longest": float(taken[select(usable, share, order="highest")].mean()),
+    }
+
+
 def _over_losses(losses: ArrayLike | Tensor, formula: Any, rows: int | None = None) -> Any:
     """Apply a formula of [epochs + 1, samples] in float64, some columns at a time; precision as given."""
     values = _array(losses)

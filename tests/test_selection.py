@@ -8,6 +8,7 @@ import torch
 
 from lightning_itk.selection import (
     approximate_learning_percentage,
+    describe,
     instruction_following_difficulty,
     learning_percentage,
     sample_scores,
@@ -241,3 +242,22 @@ def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         select(call.pop("scores"), call.pop("fraction"), **call)
     assert "\n" not in str(error.value)
+
+
+def test_describe():
+    scores = np.array([np.nan, 0.1, 0.2, 0.3, 0.4, np.nan])
+    tokens = np.array([0, 40, 10, 30, 20, 5])
+    assert describe(scores, tokens, select(scores, 0.5)) == {
+        "samples": 6,
+        "defined": 4,
+        "dropped": 2,
+        "without_response": 1,
+        "selected": 2,
+        "mean_tokens": 25,
+        "mean_tokens_all": 25,
+        "lowest": 0.1,
+        "highest": 0.2,
+        "overlap_random": pytest.approx(0.5, abs=0.5),
+        "overlap_longest": 0.5,
+    }
+    assert describe(scores, tokens, [])["selected"] == 0
