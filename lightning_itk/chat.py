@@ -163,7 +163,8 @@ class ChatEncoder:
             found = [_spans_of_marks(*pair, _OPEN, _CLOSE) for pair in zip(texts, marked, strict=True)]
         results = []
         for messages, text, spans_ in zip(conversations, texts, found, strict=True):
-            spans_ = spans_ or self._search_spans(messages, text)
+            if not spans_ or not self._has_generation_marks and len(spans_) != len(_assistant_turns(messages)):
+                spans_ = self._search_spans(messages, text)
             if self._writes_before_answer:
                 spans_ = self._from_generation_prompt(messages, text, spans_)
             results.append(self._with_stops(text, spans_))
@@ -202,10 +203,10 @@ class ChatEncoder:
         open_, close = next(marks), next(marks)
         for keep_outside in (False, True):  # outside the marks, outer whitespace can be trimmed
             marked = self._render([_mark(messages, open_, close, keep_outside=keep_outside)])[0]
-            spans = _spans_of_marks(text, marked, open_, close)
-            if spans:
-                return spans
-        spans = []
+            found = _spans_of_marks(text, marked, open_, close)
+            if found and len(found) == len(_assistant_turns(messages)):
+                return found
+        spans: Spans = []
         for turn in _assistant_turns(messages):
             swapped = list(messages)
             swapped[turn] = {**messages[turn], "content": open_}
