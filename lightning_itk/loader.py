@@ -110,6 +110,7 @@ class ResumableLoader:
         pin_memory: bool = False,
     ) -> None:
         self.samples, self.sampler = samples, sampler
+        self.batch_sampler = None  # Lightning looks, whether an evaluation loader shuffles
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self._collate = partial(collate, pad_id=pad_id, teachers=samples.teachers, packing=packing)
         self._epoch = self._batches = 0  # batches handed out in that epoch

@@ -1,0 +1,118 @@
+"""Callbacks: the exported model, and a card that says what a run really does."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lightning_itk.export import export
+from lightning_itk.hidden import base_causal_lm
+from lightning_itk.loading import DType
+from lightning_itk.losses import resolve_impl
+from lightning_itk.module import InstructionModule
+
+
+class HFExport(Callback):
+    """Keep the student as Hugging Face folders: `best` by a validation metric, `last` when training ends.
+
+    Args:
+        dirpath: Where; null = `export` in the logger's folder.
+        monitor: The metric of `best`.
+        mode: Whether a lower (min) or higher (max) metric is better.
+        dtype: Precision of the saved weights; auto = as they are trained.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        monitor: str = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        dtype: DType = "auto",
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"HFExport.mode must be 'min' or 'max', got {mode!r}")
+        self.dirpath, self.monitor, self.mode, self.dtype = dirpath, monitor, mode, dtype
+        self.best: float | None = None
+
+    def folder(self, trainer: L.Trainer) -> Path:
+        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metric = trainer.callback_metrics.get(self.monitor)
+        if trainer.sanity_checking or metric is None or not trainer.fit_loop.max_epochs:
+            return
+        sign = 1.0 if self.mode == "min" else -1.0
+        value = float(metric)
+        if trainer.state.fn == "fit" and (self.best is None or sign * value < sign * self.best):
+            self.best = value
+            self._export(trainer, pl_module, "best")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._export(trainer, pl_module, "last")
+
+    def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+        assert isinstance(pl_module, InstructionModule)
+        data = getattr(trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None) or pl_module.tokenizer
+        folder = self.folder(trainer) / name
+        export(pl_module.student, tokenizer, folder, dtype=self.dtype, write=trainer.is_global_zero)
+        trainer.strategy.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+class RunCard(Callback):
+    """Print, when training starts, what the run is made of: models, what trains, which kernels, tokens per step."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, InstructionModule)
+        table = Table(title=type(pl_module).__name__, show_header=False, title_justify="left")
+        for name, value in run_facts(trainer, pl_module).items():
+            table.add_row(name, value)
+        Console().print(table)
+
+
+def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:
+    """What RunCard prints, by name."""
+    facts = {}
+    for number, model in enumerate(module.models()):
+        base = base_causal_lm(model)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        attention = (base.config._attn_implementation or "eager").removeprefix("itk_")
+        text = f"{base.config.name_or_path or type(base).__name__}: {_count(total)} parameters, "
+        text += f"{_count(trained)} trained, " if number == 0 else "frozen, "
+        facts["student" if number == 0 else f"teacher {number}"] = text + f"{base.dtype}, attention {attention}"
+    probe = torch.empty(0, device=module.device)
+    facts["losses"] = f"{resolve_impl(module.impl, probe)} (impl={module.impl}) on {module.device}"
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    data = getattr(trainer, "datamodule", None)
+    rows = getattr(data, "batch_size", None)
+    shape = f"{rows or '?'} rows x {trainer.accumulate_grad_batches} micro-batches x {replicas} ranks"
+    if data is not None and hasattr(data, "response_tokens") and rows and not getattr(data, "packing", False):
+        tokens = float(data.response_tokens.mean()) * rows * trainer.accumulate_grad_batches * replicas
+        shape += f", about {_count(int(tokens))} response tokens"
+    facts["optimizer step"] = shape
+    facts["precision"] = str(trainer.precision)
+    facts["steps"] = f"{trainer.estimated_stepping_batches:g}"
+    if trainer.log_dir:
+        facts["logs"] = str(trainer.log_dir)
+    return facts
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

@@ -1,0 +1,117 @@
+"""ResponseLossRecorder: what the model makes of every training sample, before training and after each epoch."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import track
+from torch import Tensor
+
+from lightning_itk.batch import next_token_labels
+from lightning_itk.chunked import linear_token_scores
+from lightning_itk.hidden import hidden_states
+from lightning_itk.module import InstructionModule
+from lightning_itk.scores import append_epoch, read_meta, write_scores
+
+
+class ResponseLossRecorder(Callback):
+    """Record every training sample's mean response loss to a Parquet file: the input of learning percentage.
+
+    Scores are taken before training and after each epoch, of the samples that the data module would train on without
+    a subset, each exactly once whatever the number of ranks. The file is replaced only by a complete one; a resumed
+    run does not score an epoch twice.
+
+    Args:
+        path: The scores file; null = `scores.parquet` in the logger's folder.
+        epochs: Stop recording after this many epochs; null = all. LP_app needs one.
+    """
+
+    def __init__(self, path: str | None = None, epochs: int | None = None) -> None:
+        self.path, self.epochs = path, epochs
+
+    def file(self, trainer: L.Trainer) -> Path:
+        return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "scores.parquet")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "scoring_dataloader"):
+            raise ValueError("ResponseLossRecorder needs an InstructionDataModule: its scoring_dataloader() is scored")
+        if trainer.global_step == 0:
+            self._record(trainer, pl_module, epoch=0)
+        elif not self.file(trainer).exists():
+            raise ValueError(f"{self.file(trainer)}: the scores of this run's earlier epochs are not there")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if self.epochs is None or epoch <= self.epochs:
+            recorded = read_meta(self.file(trainer))["epochs"] if trainer.is_global_zero else 0
+            if epoch > trainer.strategy.broadcast(recorded):
+                self._record(trainer, pl_module, epoch)
+
+    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        assert isinstance(pl_module, InstructionModule)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        records = np.asarray(data.train_sample_ids)
+        losses, tokens = response_losses(trainer, pl_module, data.scoring_dataloader(), int(records.max()) + 1)
+        self._write(self.file(trainer), epoch, records, losses[records], tokens[records], pl_module, data)
+        trainer.strategy.barrier()
+
+    @rank_zero_only
+    def _write(
+        self, path: Path, epoch: int, records: Any, losses: Any, tokens: Any, module: InstructionModule, data: Any
+    ) -> None:
+        order = np.argsort(records)
+        if epoch > 0:
+            append_epoch(path, losses[order])
+            return
+        meta = {
+            "fingerprint": data.fingerprint,
+            "model": module.student_name,
+            "tokenizer": data.tokenizer.name_or_path,
+            "template": data.encoder.fingerprint,
+            "max_length": data.max_length,
+        }
+        write_scores(path, records[order], tokens[order], losses[None, order], meta)
+
+
+@torch.no_grad()
+def response_losses(
+    trainer: L.Trainer, module: InstructionModule, loader: Any, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean response loss and number of response tokens of every sample that a loader yields.
+
+    Args:
+        loader: batches; over all ranks, each sample once.
+        size: the largest sample id + 1.
+
+    Returns:
+        Losses [size] float64, nan where a sample has no response token; tokens [size] int32. On every rank.
+    """
+    sums = torch.zeros(2, size, dtype=torch.float64)
+    modes = [m for m in module.modules() if m.training]
+    module.eval()
+    with trainer.precision_plugin.forward_context():
+        for batch in track(loader, "scoring", disable=not trainer.is_global_zero, transient=True):
+            batch = module._laid_out(trainer.strategy.batch_to_device(batch))
+            samples, nll = sample_tokens(module, batch)
+            sums[0].index_add_(0, samples, nll.double().cpu())
+            sums[1].index_add_(0, samples, torch.ones_like(nll, dtype=torch.float64).cpu())
+    for m in modes:
+        m.training = True
+    reduced = trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")
+    total, count = torch.as_tensor(reduced).cpu().numpy()
+    with np.errstate(invalid="ignore"):
+        return total / np.where(count > 0, count, np.nan), count.astype(np.int32)
+
+
+def sample_tokens(module: InstructionModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """The sample (on the CPU) and the negative log-likelihood of every response token of a batch."""
+    targets = next_token_labels(batch).flatten()
+    rows = (targets >= 0).nonzero().flatten()
+    states, head = hidden_states(module.student, batch)
+    scores = linear_token_scores(states.flatten(0, 1)[rows], head, targets[rows])
+    return batch["sample_ids"].flatten()[rows].cpu(), scores.nll
