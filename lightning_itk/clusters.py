@@ -4,10 +4,14 @@ The recipe of arXiv 2402.10430: embed "Instruction: … Response: …" with all-
 clusters for Alpaca (52 thousand records) and 300 for Dolly (15 thousand). Needs the `cluster` extra.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -114,3 +118,30 @@ def cluster(
     """
     vectors = embed(texts, model) if embedder is None else embedder(texts)
     return kmeans(vectors, k, seed)
+
+
+def write_clusters(path: str | Path, record: ArrayLike, label: ArrayLike, fingerprint: str) -> None:
+    """Write the clusters file that `data.subset.clusters` reads, complete or not at all.
+
+    Args:
+        path: Parquet file with the columns record and cluster, and the fingerprint under the metadata key `itk`.
+        record: record numbers [n].
+        label: the cluster of each record [n].
+        fingerprint: of the records.
+
+    Raises:
+        ValueError: records and clusters of unequal number.
+    """
+    numbers, labels = np.asarray(record, np.int64), np.asarray(label)
+    if numbers.ndim != 1 or numbers.shape != labels.shape:
+        raise ValueError(f"one cluster per record is needed, found shapes {numbers.shape} and {labels.shape}")
+    table = pa.table({"record": numbers, "cluster": labels})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        noted = json.dumps({"fingerprint": fingerprint, "clusters": len(np.unique(labels))})
+        pq.write_table(table.replace_schema_metadata({"itk": noted}), temporary, compression="zstd")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -73,25 +73,30 @@ def write_scores(
             writer.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=schema))
 
 
-def append_epoch(path: str | Path, losses: ArrayLike, meta: Mapping[str, Any] | None = None) -> int:
+def append_epoch(
+    path: str | Path, losses: ArrayLike, meta: Mapping[str, Any] | None = None, *, epoch: int | None = None
+) -> int:
     """Add the losses after one more epoch to a scores file: the file is written anew, batch by batch, and renamed.
 
     Args:
         path: a scores file.
         losses: mean response NLL [n], in the file's record order.
         meta: entries to change in the metadata.
+        epoch: the epoch that the losses belong to; None = the next one.
 
     Returns:
         The number of epochs that the file now covers.
 
     Raises:
-        ValueError: not a scores file, or another number of losses than records.
+        ValueError: not a scores file, another number of losses than records, or an epoch that is not the next one.
     """
     losses = np.asarray(losses)
     with _open(path) as file:
         old = _meta(file, path)
         if losses.shape != (file.metadata.num_rows,):
             raise ValueError(f"{path}: {file.metadata.num_rows} records, but losses of shape {losses.shape}")
+        if epoch not in (None, old["epochs"] + 1):
+            raise ValueError(f"{path}: covers {old['epochs']} epochs, so the next is not epoch {epoch}")
         column = file.schema_arrow.field("loss_0").type
         schema = _schema(old["epochs"] + 2, column, {**old, **(meta or {})})
         with _replacing(path, schema) as writer:

@@ -17,7 +17,7 @@ from lightning_itk.quotas import compact, lowest_by_quota
 Order = Literal["lowest", "highest", "middle", "random"]
 Metric = Literal["lp_app", "lp", "loss", "length"]
 
-_BLOCK = 1 << 22  # rows handled at once where temporaries would otherwise be as long as the data
+_BLOCK = 1 << 16  # columns whose temporaries stay in the cache
 
 
 def learning_percentage(losses: ArrayLike | Tensor) -> Any:

@@ -1,14 +1,16 @@
 """Clusters: k-means on made-up embeddings, and the real sentence embedder where one is installed."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_itk import clusters
-from lightning_itk.clusters import cluster, cluster_text, embed, kmeans
+from lightning_itk.clusters import cluster, cluster_text, embed, kmeans, write_clusters
 
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 
@@ -109,3 +111,13 @@ def test_unknown_embedder_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot load the embedder") as error:
         embed(["a"], str(tmp_path / "nothing" / "here"))
     assert "\n" not in str(error.value)
+
+
+def test_clusters_file(tmp_path):
+    write_clusters(tmp_path / "new" / "clusters.parquet", [3, 5, 9], np.array([1, 0, 1], np.int32), "abc")
+    table = pq.read_table(tmp_path / "new" / "clusters.parquet")
+    assert table.to_pydict() == {"record": [3, 5, 9], "cluster": [1, 0, 1]}
+    assert json.loads(table.schema.metadata[b"itk"]) == {"fingerprint": "abc", "clusters": 2}
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    with pytest.raises(ValueError, match=r"one cluster per record is needed, found shapes \(2,\) and \(1,\)"):
+        write_clusters(tmp_path / "clusters.parquet", [1, 2], [1], "abc")

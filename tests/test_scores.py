@@ -69,6 +69,9 @@ def test_append_epoch_keeps_the_rest(path, arrays):
     assert read.meta == {**META, "model": "tiny, later", "format": 1, "epochs": 3}
     with pytest.raises(ValueError, match=r"50 records, but losses of shape \(49,\)"):
         append_epoch(path, new[:-1])
+    with pytest.raises(ValueError, match="covers 3 epochs, so the next is not epoch 3"):
+        append_epoch(path, new, epoch=3)
+    assert append_epoch(path, new, epoch=4) == 4
 
 
 def test_a_failed_write_leaves_the_old_file(path, arrays, monkeypatch):
