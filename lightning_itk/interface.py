@@ -7,7 +7,7 @@ wants is also there when activation checkpointing repeats a layer during backwar
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,15 +35,21 @@ class LayerAttention:
     causal: bool
 
 
-@dataclass
 class Capture:
-    """What one forward call does with the attention of its layers."""
+    """What one forward call does with the attention of its layers.
 
-    layers: frozenset[int]
-    use: Callable[[int, LayerAttention], Any]
-    seen: dict[int, Any] = field(default_factory=dict)
-    grad_enabled: bool = False
-    check: Callable[[int, LayerAttention, Tensor, Tensor], None] | None = None
+    Not a dataclass: FSDP looks into those for tensors and hands the layers a copy.
+    """
+
+    def __init__(
+        self,
+        layers: frozenset[int],
+        use: Callable[[int, LayerAttention], Any],
+        check: Callable[[int, LayerAttention, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.layers, self.use, self.check = layers, use, check
+        self.seen: dict[int, Any] = {}
+        self.grad_enabled = False
 
     def see(self, module: nn.Module, q: Tensor, k: Tensor, options: Mapping[str, Any]) -> LayerAttention | None:
         layer = getattr(module, "layer_idx", None)

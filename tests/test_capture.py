@@ -10,7 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_itk.attention import attention_kl
 from lightning_itk.capture import AttentionTap, LayerAttention, install, layer_map
@@ -262,6 +266,42 @@ def test_distributed_data_parallel(one_process, checkpointing) -> None:
         results.append(gradients(student))
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fully_sharded(one_process, checkpointing) -> None:
+    teacher, results = model_of(seed=1), []
+    mesh = init_device_mesh("cpu", (1,))
+    for shard in (False, True):
+        student = model_of().train()
+        if checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        taps = install(student), install(teacher)
+        if shard:
+            for module in (*student.model.layers, student):
+                fully_shard(module, mesh=mesh)
+        _, total = distil(student, teacher, batches()["padded"], taps)
+        total.backward()
+        results.append({name: p.grad.full_tensor() if shard else p.grad for name, p in student.named_parameters()})
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=0)
+
+
+def test_an_implementation_that_reads_its_own_name() -> None:
+    """The flash kernels are found by the name on the module's config: it must be the model's own."""
+    names = []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        names.append((module.config._attn_implementation, module.layer_idx, module.config.hidden_size))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("my_flash_2", attend)
+    AttentionMaskInterface.register("my_flash_2", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = model_of()
+    model.config._attn_implementation_internal = "my_flash_2"
+    assert install(model).attention == "my_flash_2"
+    assert names[:3] == [("my_flash_2", layer, 32) for layer in range(3)]
+    assert model.config._attn_implementation == "itk_my_flash_2"
 
 
 def test_packed_segments_survive_only_without_a_cache() -> None:
