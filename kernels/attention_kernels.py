@@ -222,18 +222,25 @@ def attention_forward_kernel(
 
 
 @triton.jit
-def dscores(
-    x_s, lse_s, sum_p, sum_lp, rows_kl, to_log2, cap, G: tl.constexpr, CAP: tl.constexpr, REVERSE: tl.constexpr
-):
+def teacher_part(lp_t, REVERSE: tl.constexpr):
+    """What one teacher head adds to the sum over pairs: P_t (forward) or log2 P_t (reverse)."""
+    if REVERSE:
+        return lp_t
+    return tl.exp2(lp_t)
+
+
+@triton.jit
+def dscores(x_s, lse_s, total, rows_kl, to_log2, cap, G: tl.constexpr, CAP: tl.constexpr, REVERSE: tl.constexpr):
     """Gradient by the student's scaled scores, summed over the G pairs, up to constant factors (fp32).
 
-    sum_p = Σ_g P_t (forward) or sum_lp = Σ_g log2 P_t (reverse); rows_kl = Σ_g RKL in log2 units.
+    total = Σ_g teacher_part; rows_kl = Σ_g RKL in log2 units (reverse only).
     """
     lp_s = x_s - lse_s
     p_s = tl.exp2(lp_s)
-    ds = G * p_s - sum_p
     if REVERSE:
-        ds = p_s * (G * lp_s - sum_lp - rows_kl)
+        ds = p_s * (G * lp_s - total - rows_kl)
+    else:
+        ds = G * p_s - total
     if CAP:
         ratio = x_s / (to_log2 * cap)
         ds *= 1.0 - ratio * ratio
@@ -338,7 +345,6 @@ def attention_dq_kernel(
             j = n + tl.arange(0, BLOCK_N)
             k_s = load_tile(ks_ptr, j, ks_s, S, DS, BLOCK_DS, MASKED == 1)
             x_s = scores(q_s, k_s, scale_s, to_log2, cap_s, CAP_S, PRECISION_S, UPCAST)
-            seen = x_s == x_s
             if MASKED == 1:
                 keys = j
                 if KEY_MASK:
@@ -347,28 +353,31 @@ def attention_dq_kernel(
                     i[:, None], j[None, :], starts[:, None], ends[:, None], keys[None, :], S, window,
                     CAUSAL, WINDOW, SEGMENTS, KEY_MASK,
                 )  # fmt: skip
-            sum_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            sum_lp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for g in tl.static_range(G):
-                if G > 1:
+            if G == 1:
+                k_t = load_tile(kt_ptr, j, kt_s, S, DT, BLOCK_DT, MASKED == 1)
+                lp_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[:, None]
+                total = teacher_part(lp_t, REVERSE)
+                if EMIT:
+                    term = total * (lp_t - x_s + lse_s[:, None])
+                    if MASKED == 1:
+                        term = tl.where(seen, term, 0.0)
+                    kl += tl.sum(term, 1)
+            else:
+                total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                for g in range(0, G):
                     ht = tl.load(head_map_ptr + g)
                     q_t = load_tile(qt_ptr + ht.to(tl.int64) * qt_h, i, qt_s, S, DT, BLOCK_DT, True)
-                    lse_t = tl.load(lse_t_ptr + g * S + i, mask=i < S, other=EMPTY)
                     k_t = load_tile(kt_ptr + (ht // QT).to(tl.int64) * kt_h, j, kt_s, S, DT, BLOCK_DT, MASKED == 1)
-                else:
-                    k_t = load_tile(kt_ptr, j, kt_s, S, DT, BLOCK_DT, MASKED == 1)
-                lp_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[:, None]
-                if REVERSE:
-                    sum_lp += lp_t
-                else:
-                    p_t = tl.exp2(lp_t)
-                    sum_p += p_t
+                    lse_t = tl.load(lse_t_ptr + g * S + i, mask=i < S, other=EMPTY)
+                    lp_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[:, None]
+                    part = teacher_part(lp_t, REVERSE)
+                    total += part
                     if EMIT:
-                        term = p_t * (lp_t - x_s + lse_s[:, None])
+                        term = part * (lp_t - x_s + lse_s[:, None])
                         if MASKED == 1:
                             term = tl.where(seen, term, 0.0)
                         kl += tl.sum(term, 1)
-            ds = dscores(x_s, lse_s[:, None], sum_p, sum_lp, rows_kl[:, None], to_log2, cap_s, G, CAP_S, REVERSE)
+            ds = dscores(x_s, lse_s[:, None], total, rows_kl[:, None], to_log2, cap_s, G, CAP_S, REVERSE)
             if MASKED == 1:
                 ds = tl.where(seen, ds, 0.0)
             dq = dot((ds * unit).to(k_s.dtype), k_s, dq, PRECISION_S, UPCAST)
@@ -423,7 +432,7 @@ def attention_dk_kernel(
     CAP_S: tl.constexpr,
     CAP_T: tl.constexpr,
     REVERSE: tl.constexpr,
-    FIXED: tl.constexpr,  # every pair of this key head uses one teacher key head: its keys are read once
+    FIXED: tl.constexpr,  # all query heads of this key head answer to one teacher key head: its keys are read once
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -462,7 +471,7 @@ def attention_dk_kernel(
     qt_ptr += b * qt_b
     kt_ptr += b * kt_b
     k_s = load_tile(ks_ptr + b * ks_b + hk.to(tl.int64) * ks_h, j, ks_s, S, DS, BLOCK_DS, True)
-    if FIXED:
+    if FIXED and G == 1:
         hkt = tl.load(head_map_ptr + hk * QS * G) // QT
         k_t = load_tile(kt_ptr + hkt.to(tl.int64) * kt_h, j, kt_s, S, DT, BLOCK_DT, True)
 
@@ -486,20 +495,24 @@ def attention_dk_kernel(
             starts = tl.load(starts_ptr + b * S + i, mask=i < S, other=0)
             ends = tl.load(ends_ptr + b * S + i, mask=i < S, other=0)
         x_s = scores(k_s, q_s, scale_s, to_log2, cap_s, CAP_S, PRECISION_S, UPCAST)
-        sum_p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        sum_lp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for g in tl.static_range(G):
-            ht = tl.load(head_map_ptr + h * G + g)
+        if G == 1:
+            ht = tl.load(head_map_ptr + h)
             q_t = load_tile(qt_ptr + ht.to(tl.int64) * qt_h, i, qt_s, S, DT, BLOCK_DT, True)
-            lse_t = tl.load(lse_t_ptr + ((b * heads + h) * G + g) * S + i, mask=i < S, other=EMPTY)
+            lse_t = tl.load(lse_t_ptr + row_at, mask=i < S, other=EMPTY)
             if not FIXED:
                 k_t = load_tile(kt_ptr + (ht // QT).to(tl.int64) * kt_h, j, kt_s, S, DT, BLOCK_DT, True)
             lp_t = scores(k_t, q_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[None, :]
-            if REVERSE:
-                sum_lp += lp_t
-            else:
-                sum_p += tl.exp2(lp_t)
-        ds = dscores(x_s, lse_s[None, :], sum_p, sum_lp, rows_kl[None, :], to_log2, cap_s, G, CAP_S, REVERSE)
+            total = teacher_part(lp_t, REVERSE)
+        else:
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for g in range(0, G):
+                ht = tl.load(head_map_ptr + h * G + g)
+                q_t = load_tile(qt_ptr + ht.to(tl.int64) * qt_h, i, qt_s, S, DT, BLOCK_DT, True)
+                lse_t = tl.load(lse_t_ptr + ((b * heads + h) * G + g) * S + i, mask=i < S, other=EMPTY)
+                k_t = load_tile(kt_ptr + (ht // QT).to(tl.int64) * kt_h, j, kt_s, S, DT, BLOCK_DT, True)
+                lp_t = scores(k_t, q_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[None, :]
+                total += teacher_part(lp_t, REVERSE)
+        ds = dscores(x_s, lse_s[None, :], total, rows_kl[None, :], to_log2, cap_s, G, CAP_S, REVERSE)
         seen = visible(
             i[None, :], j[:, None], starts[None, :], ends[None, :], keys[:, None], S, window,
             CAUSAL, WINDOW, SEGMENTS, KEY_MASK,
