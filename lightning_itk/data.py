@@ -1,6 +1,5 @@
 """InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_itk.cache import TokenizedSource, tokenize
@@ -19,8 +18,6 @@ from lightning_itk.records import DataError
 from lightning_itk.sampler import BatchSampler, MixedSource
 from lightning_itk.sources import Source
 from lightning_itk.subset import Subset, choose
-
-log = logging.getLogger(__name__)
 
 Sources = str | Source | list[str | Source]
 
@@ -94,6 +91,8 @@ class InstructionDataModule(L.LightningDataModule):
         self._tokenizer, self._chat_template = tokenizer, _template(chat_template)
         self._encoder: ChatEncoder | None = None
         self._sets: dict[str, SampleSet] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._position: dict[str, Any] | None = None
 
     # What callbacks and modules may ask for
 
@@ -169,7 +168,7 @@ class InstructionDataModule(L.LightningDataModule):
             for number, source in enumerate(self.sources["train"])
         ]
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        return self._loader(
+        self._train_loader = self._loader(
             samples,
             batch_size=self.batch_size,
             accumulate=accumulate,
@@ -177,6 +176,18 @@ class InstructionDataModule(L.LightningDataModule):
             pack_to=self.max_length if self.packing else None,
             sources=mixed,
         )
+        if self._position is not None:
+            self._train_loader.load_state_dict(self._position)
+            self._position = None
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in its data. Lightning keeps the state of loaders itself, but restores it too late
+        when the number of steps was asked for while the optimizers were made, as every learning-rate schedule does."""
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict.get("train")
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         if self.validation_share:
@@ -360,7 +371,7 @@ def _report(name: str, tokenized: list[TokenizedSource], max_length: int) -> Non
     reasons = ", ".join(f"{count:,} {reason}={max_length}" for reason, count in sorted(dropped.items()))
     if not samples:
         raise DataError(f"{name}: no sample is left of {records:,} records: {reasons}")
-    rank_zero_only(log.info)(
+    rank_zero_info(
         f"{name}: {records:,} records, {samples:,} samples"
         + (f", dropped {reasons}" if reasons else "")
         + (f", {truncated:,} truncated" if truncated else "")

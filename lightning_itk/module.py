@@ -250,6 +250,10 @@ class InstructionModule(L.LightningModule):
         if self._rng_states is not None:
             set_rng_state(self._rng_states, self.global_rank)
             self._rng_states = None
+            for callback in self.trainer.checkpoint_callbacks:
+                # Lightning forgets which step it saved last and would save it again after the next micro-batch: a
+                # checkpoint inside an accumulation window, whose gradients nobody has.
+                callback._last_global_step_saved = self.trainer.global_step  # type: ignore[attr-defined]
         self._clock = None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,50 @@
+"""Run functions in fresh processes that have already imported everything: crashes, exit codes, several ranks."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["lightning_itk", "lightning_itk.toy", "tiny"])
+
+
+def _enter(function: Callable[..., None], args: tuple[Any, ...], env: dict[str, str]) -> None:
+    import torch
+
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def run(function: Callable[..., None], *args: Any, timeout: float = 300, **env: str) -> int:
+    """Exit code of a function in a process of its own; -9 when it was killed."""
+    return _join([CONTEXT.Process(target=_enter, args=(function, args, env))], timeout)[0]
+
+
+def run_ranks(function: Callable[..., None], *args: Any, ranks: int = 2, timeout: float = 300) -> None:
+    """Run a function on several ranks of one process group, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "t"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        CONTEXT.Process(target=_enter, args=(function, args, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
+        for r in range(ranks)
+    ]
+    codes = _join(processes, timeout)
+    assert codes == [0] * ranks, f"exit codes {codes}; the output above says why"
+
+
+def _join(processes: list[Any], timeout: float) -> list[int]:
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]

@@ -1,0 +1,56 @@
+"""What test_resume.py runs in processes of its own: a training run that may be killed at any micro-batch."""
+
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from tiny import byte_tokenizer, tiny_model
+
+import lightning_itk as itk
+from lightning_itk.distillation import AttentionLoss
+
+
+class Kill(Callback):
+    """kill -9 right after a number of micro-batches."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.seen = after, 0
+
+    def on_train_batch_end(self, *_) -> None:
+        self.seen += 1
+        if self.seen == self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(method: str, data: str, folder: Path, output: Path, resume: bool = False, kill_after: int = 0) -> None:
+    """Train with dropout, accumulation and a schedule; write the final weights and every batch's samples."""
+    L.seed_everything(0)
+    student = tiny_model("llama", 0, attention_dropout=0.1)
+    common = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
+    if method == "sft":
+        model: itk.InstructionModule = itk.SFTModule(student, **common)
+    else:
+        model = itk.KDModule(student, tiny_model("llama", 1), attention=AttentionLoss(), **common)
+    datamodule = itk.InstructionDataModule(
+        data, tokenizer=byte_tokenizer(), max_length=96, batch_size=2, num_proc=1, cache_dir=str(folder / "cache")
+    )
+    callbacks: list[Callback] = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)]
+    callbacks += [Kill(kill_after)] if kill_after else []
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=3,
+        val_check_interval=7,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        deterministic=True,
+    )
+    checkpoints = sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime)
+    trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoints[-1] if resume else None, weights_only=True)
+    torch.save({"weights": model.state_dict(), "step": trainer.global_step}, output)
