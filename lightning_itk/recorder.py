@@ -72,7 +72,7 @@ class ResponseLossRecorder(Callback):
             "fingerprint": data.fingerprint,
             "model": module.student_name,
             "tokenizer": data.tokenizer.name_or_path,
-            "template": data.encoder.fingerprint,
+            "template": data.encoder.fingerprint(),
             "max_length": data.max_length,
         }
         write_scores(path, records[order], tokens[order], losses[None, order], meta)

@@ -1,6 +1,6 @@
 """The toy world: a tokenizer, tiny Llama models and instruction data in two domains, made by code in about a second.
 
-`general` holds small text tasks: words of a list, opposites, kinds of things, larger numbers, sums. `shop` holds
+`general` holds small text tasks: words of a list, opposites, kinds of things, larger numbers. `shop` holds
 questions about a fixed catalogue: price, aisle, colour, stock, what is cheaper, what an order costs. Every question
 has one right answer. The held-out split asks for combinations that training never shows (another list, another pair
 of numbers or products, another wording of a known fact), so rote learning does not answer it but the rule does.
@@ -74,7 +74,6 @@ _OPPOSITES = dict(
 )
 _OPPOSITES |= {b: a for a, b in _OPPOSITES.items()}
 _WORDS = [word for kind in _KINDS.values() for word in kind]
-_POSITIONS = ("first", "second", "last")
 _COUNTS = {3: "three", 4: "four", 5: "five"}
 
 
@@ -87,6 +86,11 @@ class Question(NamedTuple):
     context: str  # "" if the instruction says it all
     answer: str
 
+    @property
+    def prompt(self) -> str:
+        """What the user says."""
+        return "\n\n".join(filter(None, (self.instruction, self.context)))
+
 
 # A maker draws one question. Facts that must be known by heart are split by their wording, everything else by its
 # arguments, whatever the wording and the order.
@@ -98,8 +102,8 @@ def _listed(words: list[str]) -> str:
 
 
 def _position(rng: random.Random) -> Question:
-    words, where = rng.sample(_WORDS, rng.randint(3, 5)), rng.choice(_POSITIONS)
-    word = words[{"first": 0, "second": 1, "last": -1}[where]]
+    words, where = rng.sample(_WORDS, rng.randint(3, 5)), rng.choice(("first", "last"))
+    word = words[0 if where == "first" else -1]
     wording = rng.choice(("What is the {} word of the list?", "Give the {} word.", "Find the {} word of this list."))
     return Question("position", (*words,), wording.format(where), _listed(words), f"The {where} word is {word}.")
 
@@ -158,12 +162,6 @@ def _larger(rng: random.Random) -> Question:
     a, b = rng.sample(range(1, 20), 2)
     wording = rng.choice(("Which number is larger, {} or {}?", "Choose the larger of {} and {}."))
     return Question("larger", (min(a, b), max(a, b)), wording.format(a, b), "", f"The larger number is {max(a, b)}.")
-
-
-def _sum(rng: random.Random) -> Question:
-    a, b = rng.randint(0, 9), rng.randint(0, 9)
-    wording = rng.choice(("What is {} plus {}?", "Add {} and {}.", "Find the sum of {} and {}."))
-    return Question("sum", (min(a, b), max(a, b)), wording.format(a, b), "", f"The sum is {a + b}.")
 
 
 _ASKED = {
@@ -228,7 +226,7 @@ def _total(rng: random.Random) -> Question:
 
 # How often each is drawn.
 _MAKERS: dict[Domain, dict[Maker, int]] = {
-    "general": {_position: 3, _after: 3, _reverse: 3, _count: 2, _opposite: 1, _kind: 1, _larger: 2, _sum: 1},
+    "general": {_position: 3, _after: 3, _reverse: 2, _count: 1, _opposite: 2, _kind: 2, _larger: 2},
     "shop": {_fact: 6, _cheaper: 3, _total: 1},
 }
 
@@ -280,7 +278,6 @@ def make_records(domain: Domain, split: Split = "train", n: int = 1000, seed: in
     questions = make_questions(domain, split, n, seed)
     records = []
     for question in questions:
-        prompt = "\n\n".join(filter(None, (question.instruction, question.context)))
         form = rng.choice(("alpaca", "dolly", "completion", "messages", "messages"))
         if form == "alpaca":
             record: dict[str, Any] = {"instruction": question.instruction, "input": question.context}
@@ -288,12 +285,12 @@ def make_records(domain: Domain, split: Split = "train", n: int = 1000, seed: in
         elif form == "dolly":
             record = {"instruction": question.instruction, "context": question.context, "response": question.answer}
         elif form == "completion":
-            record = {"prompt": prompt, "completion": question.answer}
+            record = {"prompt": question.prompt, "completion": question.answer}
         else:
-            turns = [(prompt, question.answer)]
+            turns = [(question.prompt, question.answer)]
             if split == "train" and rng.random() < 0.2:
                 other = rng.choice(questions)
-                turns.insert(0, ("\n\n".join(filter(None, (other.instruction, other.context))), other.answer))
+                turns.insert(0, (other.prompt, other.answer))
             record = {
                 "messages": [
                     {"role": role, "content": text}
@@ -378,12 +375,13 @@ class World(NamedTuple):
     test: dict[str, Path]
 
 
-def write_world(folder: str | Path, *, train: int = 1200, test: int = 200, seed: int = 0) -> World:
+def write_world(folder: str | Path, *, general: int = 1500, shop: int = 1200, test: int = 200, seed: int = 0) -> World:
     """Write the toy world: two untrained models with their tokenizer, and data files of both domains.
 
     Args:
         folder: made if needed.
-        train: training records of each domain.
+        general: training records of this domain.
+        shop: training records of this domain.
         test: held-out records of each domain.
         seed: of the models' weights and the choice of records.
     """
@@ -394,8 +392,9 @@ def write_world(folder: str | Path, *, train: int = 1200, test: int = 200, seed:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     files: dict[str, dict[str, Path]] = {"train": {}, "test": {}}
-    splits: tuple[tuple[Split, int], ...] = (("train", train), ("test", test))
-    for domain, (split, n) in product(DOMAINS, splits):
+    splits: tuple[Split, ...] = ("train", "test")
+    for domain, split in product(DOMAINS, splits):
+        n = test if split == "test" else {"general": general, "shop": shop}[domain]
         path = folder / f"{domain}-{split}.jsonl"
         lines = (json.dumps(record) + "\n" for record in make_records(domain, split, n, seed))
         path.write_text("".join(lines), encoding="utf-8")

@@ -16,7 +16,7 @@ NUMBERS = {"three": 3, "four": 4, "five": 5}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return toy.write_world(tmp_path_factory.mktemp("world"), train=300, test=100)
+    return toy.write_world(tmp_path_factory.mktemp("world"), general=300, shop=300, test=100)
 
 
 def _solve(prompt: str) -> str:
@@ -27,16 +27,14 @@ def _solve(prompt: str) -> str:
     first = prompt.splitlines()[0]
     if match := re.search(r"(?:after|follows) (\w+)", first):
         return words[words.index(match[1]) + 1]
-    if words and (match := re.search("first|second|last", first)):
-        return words[{"first": 0, "second": 1, "last": -1}[match[0]]]
+    if words and (match := re.search("first|last", first)):
+        return words[0 if match[0] == "first" else -1]
     if words and re.search("How|Count", first):
         return str(len(words))
     if words:
         return " ".join(reversed(words))
     if "larger" in first:
         return str(max(numbers))
-    if "plus" in first or "Add" in first or "sum" in first:
-        return str(sum(numbers))
     if "cheaper" in first or "less" in first:
         return min(names, key=lambda name: toy.CATALOGUE[name].price)
     if numbers:
@@ -78,7 +76,7 @@ def test_splits_share_no_question(domain):
 
 
 def test_an_order_of_the_arguments_does_not_leak():
-    for task in ("larger", "sum", "cheaper"):
+    for task in ("larger", "cheaper"):
         domain = "shop" if task == "cheaper" else "general"
         pairs = []
         for split in ("train", "test"):

@@ -1,0 +1,358 @@
+"""The quickstart: every method of the kit on the toy world, on two CPU cores, in a few minutes."""
+
+import json
+import logging
+import random
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich import get_console
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from lightning_itk import toy
+from lightning_itk.dae import DAEModule
+from lightning_itk.data import InstructionDataModule, Sources
+from lightning_itk.distillation import AttentionLoss
+from lightning_itk.export import export
+from lightning_itk.kd import KDModule
+from lightning_itk.metrics import ExactMatch
+from lightning_itk.module import InstructionModule
+from lightning_itk.recorder import ResponseLossRecorder
+from lightning_itk.report import markdown_table
+from lightning_itk.sft import SFTModule
+from lightning_itk.sources import Source
+from lightning_itk.subset import Subset
+
+TEACHER_STEPS, EXPERT_STEPS, STUDENT_STEPS, SUBSET_STEPS = 400, 200, 300, 150
+TEACHER_LR, STUDENT_LR = 4e-3, 6e-3
+BATCH_SIZE, QUESTIONS = 64, 150
+RANDOM_THIRDS = 3
+
+Figures = dict[str, dict[str, float]]  # domain -> loss, exact_match
+
+
+def quickstart(output: Path = Path("runs/quickstart"), seed: int = 0, steps_scale: float = 1.0) -> int:
+    """Train, distil and align tiny models on toy data, and say how good each became.
+
+    Args:
+        output: Folder for the data, the models and the results; made if needed.
+        seed: Of the weights, the data and their order.
+        steps_scale: Factor on the number of training steps; below 1 for a quick look whose figures mean nothing.
+    """
+    if not 0 < steps_scale < float("inf"):
+        raise ValueError(f"steps_scale must be above 0, got {steps_scale}")
+    start = time.perf_counter()
+    with _quiet():
+        run = _Run(Path(output), seed, steps_scale)
+        run.all()
+    run.console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes.")
+    return 0
+
+
+@dataclass
+class _Run:
+    """What the stages share."""
+
+    output: Path
+    seed: int
+    scale: float
+    console: Console = field(default_factory=Console)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def all(self) -> None:
+        out = self.output
+        self.say(f"Making the toy world in {out / 'world'}: two domains, a small student, a larger teacher")
+        records = {"general": 1500, "shop": 1200, "test": 200}
+        if self.scale < 1:
+            records = {name: max(50, int(n * self.scale)) for name, n in records.items()}
+        self.world = toy.write_world(out / "world", **records, seed=self.seed)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.world.student)
+        self.questions = {
+            domain: toy.make_questions(domain, "test", min(QUESTIONS, records["test"]), self.seed)
+            for domain in toy.DOMAINS
+        }
+        general, shop = (str(self.world.train[domain]) for domain in toy.DOMAINS)
+        mixed: Sources = [Source(general, teacher="reference"), Source(shop, teacher="expert")]
+        student, teacher = str(self.world.student), str(out / "teacher")
+
+        table: dict[str, Figures] = {}
+        table["student, untrained"] = self.measure(AutoModelForCausalLM.from_pretrained(student))
+
+        big = str(self.world.teacher)
+        table["teacher (SFT on general)"] = self.train(
+            "SFT of the teacher on general", self.sft(big, TEACHER_LR), general, TEACHER_STEPS, save="teacher"
+        )
+        table["expert (SFT on shop)"] = self.train(
+            "SFT of the expert on shop", self.sft(big, TEACHER_LR), shop, EXPERT_STEPS, save="expert"
+        )
+
+        scores = out / "scores.parquet"
+        scores.unlink(missing_ok=True)
+        table["SFT on general"] = self.train(
+            "SFT of the student on general, recording response losses",
+            self.sft(student),
+            general,
+            STUDENT_STEPS,
+            callbacks=[ResponseLossRecorder(str(scores))],
+        )
+        table["KD on general"] = self.train(
+            "KD of the student from the teacher", KDModule(student, teacher, **self.settings()), general, STUDENT_STEPS
+        )
+        table["KD + attention on general"] = self.train(
+            "KD with the attention loss",
+            KDModule(student, teacher, attention=AttentionLoss(weight=1.0), **self.settings()),
+            general,
+            STUDENT_STEPS,
+        )
+        table["SFT on both"] = self.train("SFT of the student on both", self.sft(student), mixed, STUDENT_STEPS)
+        teachers = {"reference": teacher, "expert": str(out / "expert")}
+        table["DAE on both"] = self.train(
+            "DAE of the student from teacher and expert",
+            DAEModule(student, teachers, **self.settings()),
+            mixed,
+            STUDENT_STEPS,
+            save="student",
+        )
+        selection = self.select(student, general, scores)
+        self.results = {"seed": self.seed, "steps_scale": self.scale, "models": table, "selection": selection}
+        self.report()
+
+    # Training and measuring
+
+    def settings(self, lr: float = STUDENT_LR) -> dict[str, Any]:
+        return {
+            "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01),
+            "lr_scheduler": "cosine",
+            "warmup": 0.1,
+        }
+
+    def sft(self, student: str, lr: float = STUDENT_LR) -> SFTModule:
+        return SFTModule(student, **self.settings(lr))
+
+    def data(self, train: Sources, **options: Any) -> InstructionDataModule:
+        return InstructionDataModule(
+            train,
+            **{"validation": 0.0, **options},
+            tokenizer=self.tokenizer,
+            max_length=256,
+            batch_size=BATCH_SIZE,
+            eval_batch_size=2 * BATCH_SIZE,
+            num_proc=1,
+            cache_dir=str(self.output / "cache"),
+            seed=self.seed,
+        )
+
+    def train(
+        self,
+        title: str,
+        module: InstructionModule,
+        train: Sources,
+        steps: int,
+        *,
+        save: str | None = None,
+        subset: Subset | None = None,
+        callbacks: Sequence[Callback] = (),
+        domains: Sequence[toy.Domain] = toy.DOMAINS,
+    ) -> Figures:
+        """Train a module on files, measure its student on the held-out questions, and save it if named."""
+        L.seed_everything(self.seed, verbose=False)
+        steps, start = max(2, round(steps * self.scale)), time.perf_counter()
+        bar = _Bar(title, steps, self.console)
+        trainer = self.trainer(max_steps=steps, gradient_clip_val=1.0, callbacks=[bar, *callbacks])
+        trainer.fit(module, self.data(train, subset=subset))
+        student = module.student
+        assert isinstance(student, PreTrainedModel)
+        figures = self.measure(student, domains)
+        exact = ", ".join(f"{domain} {figures[domain]['exact_match']:.0%}" for domain in domains)
+        self.say(f"{title}: {steps} steps, {time.perf_counter() - start:.0f} s; exact match {exact}")
+        if save:
+            export(student, self.tokenizer, self.output / save)
+        return figures
+
+    def trainer(self, **options: Any) -> L.Trainer:
+        return L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=10,
+            **options,
+        )
+
+    def measure(self, student: PreTrainedModel, domains: Sequence[toy.Domain] = toy.DOMAINS) -> Figures:
+        """Loss and exact match of greedy answers on the held-out questions."""
+        figures: Figures = {}
+        for domain in domains:
+            data = self.data(str(self.world.train[domain]), validation=str(self.world.test[domain]))
+            (logged,) = self.trainer().validate(SFTModule(student), data, verbose=False)
+            metric = ExactMatch()
+            questions = self.questions[domain]
+            prompts = [data.encoder.prompt([{"role": "user", "content": q.prompt}]) for q in questions]
+            metric.update(answer(student, self.tokenizer, prompts), [q.answer for q in questions])
+            figures[domain] = {"loss": logged["val/response_loss"], "exact_match": float(metric.compute())}
+        return figures
+
+    def select(self, student: str, train: str, scores: Path) -> dict[str, Any]:
+        """Train on a third of the data, chosen by learning percentage or at random; the steps are the same for all."""
+        chosen = {"lowest third": Subset(str(scores), "lp", 1 / 3, "lowest")}
+        for number in range(RANDOM_THIRDS):
+            chosen[f"random third {number + 1}"] = Subset(str(scores), "lp", 1 / 3, "random", seed=number)
+        rows = {
+            name: self.train(
+                f"SFT on the {name}", self.sft(student), train, SUBSET_STEPS, subset=subset, domains=["general"]
+            )["general"]
+            for name, subset in chosen.items()
+        }
+        return {"rows": rows, "verdict": verdict(rows)}
+
+    # Results
+
+    def report(self) -> None:
+        models, selection = self.results["models"], self.results["selection"]
+        head = ["model", *(f"{domain} {what}" for domain in toy.DOMAINS for what in ("loss", "exact"))]
+        rows = [[name, *_cells(*(figures[domain] for domain in toy.DOMAINS))] for name, figures in models.items()]
+        lp_head = ["trained on", "general loss", "general exact"]
+        lp_rows = [[name, *_cells(figures)] for name, figures in selection["rows"].items()]
+        self.show("Held-out questions: loss (nats per token) and exact matches", head, rows)
+        self.show("Learning percentage: which third of general to train on", lp_head, lp_rows)
+        self.say(selection["verdict"])
+        tables = markdown_table(head, rows), markdown_table(lp_head, lp_rows), selection["verdict"]
+        _write(self.output / "results.json", json.dumps(self.results, indent=2) + "\n")
+        _write(self.output / "results.md", "# Quickstart\n\n" + "\n".join(tables) + "\n")
+        question = self.questions["shop"][0].instruction
+        self.console.print(f"\nThe DAE student is in {self.output / 'student'}; plain transformers reads it:")
+        self.console.print(f"  {question} -> {ask(self.output / 'student', question)}", highlight=False)
+        self.console.print(f"Results: {self.output / 'results.md'} and {self.output / 'results.json'}")
+
+    def show(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(head):
+            table.add_column(name.replace(" ", "\n", 1) if number else name, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print("", table)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def verdict(rows: dict[str, dict[str, float]]) -> str:
+    """In one sentence, whether the lowest third of LP beat the random thirds."""
+    low = rows["lowest third"]["exact_match"]
+    random_thirds = [figures["exact_match"] for name, figures in rows.items() if name.startswith("random")]
+    least, most = min(random_thirds), max(random_thirds)
+    between = f"{low:.1%} against {least:.1%} to {most:.1%} for {len(random_thirds)} random thirds"
+    if low > most:
+        return f"LP helped here: exact match {between}."
+    if low < least:
+        return f"LP hurt here: exact match {between}."
+    return f"LP made no difference here: exact match {between}."
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 24
+) -> list[str]:
+    """Greedy answers to prompts, batched and padded on the left."""
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(prompts), 2 * BATCH_SIZE):
+        inputs = tokenizer(
+            list(prompts[start : start + 2 * BATCH_SIZE]),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_token_type_ids=False,
+        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+        new = output[:, inputs["input_ids"].shape[1] :]
+        answers += tokenizer.batch_decode(new, skip_special_tokens=True)
+    model.train(was_training)
+    return answers
+
+
+def ask(folder: Path, question: str) -> str:
+    """What an exported model answers; nothing but transformers is used."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return answer(model, tokenizer, [str(prompt)])[0].strip()
+
+
+class _Bar(Callback):
+    """One line with the steps and the loss while a stage trains."""
+
+    def __init__(self, title: str, steps: int, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+        loss = TextColumn("loss {task.fields[loss]:.3f}")
+        self.progress = Progress(*columns, loss, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.progress.add_task(title, total=steps, loss=float("nan"))
+
+    def on_train_start(self, *_: Any) -> None:
+        self.progress.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        loss = trainer.callback_metrics.get("loss", torch.nan)
+        self.progress.update(self.task, completed=trainer.global_step, loss=float(loss))
+
+    def on_train_end(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self.progress.stop()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave only what a newcomer should read: no tips, no bars of loading, no advice about data loaders."""
+    lightning, own = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning_itk")
+    levels = lightning.level, own.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    shared = get_console()  # where the recorder draws its bar
+    shown = shared.quiet
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        lightning.setLevel(logging.ERROR)
+        own.setLevel(logging.WARNING)
+        transformers_logging.disable_progress_bar()
+        shared.quiet = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        lightning.setLevel(levels[0])
+        own.setLevel(levels[1])
+        shared.quiet = shown
+        if bars:
+            transformers_logging.enable_progress_bar()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _cells(*figures: dict[str, float]) -> list[str]:
+    return [cell for f in figures for cell in (f"{f['loss']:.3f}", f"{f['exact_match']:.1%}")]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
