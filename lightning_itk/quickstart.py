@@ -35,9 +35,10 @@ from lightning_itk.report import markdown_table
 from lightning_itk.sft import SFTModule
 from lightning_itk.sources import Source
 from lightning_itk.subset import Subset
+from lightning_itk.toy_questions import DOMAINS, Domain, make_questions
 
-TEACHER_STEPS, EXPERT_STEPS, STUDENT_STEPS, SUBSET_STEPS = 400, 200, 300, 150
-TEACHER_LR, STUDENT_LR = 4e-3, 6e-3
+TEACHER_STEPS, EXPERT_STEPS, STUDENT_STEPS, SUBSET_STEPS = 300, 200, 300, 150
+TEACHER_LR, STUDENT_LR = 3e-3, 6e-3
 BATCH_SIZE, QUESTIONS = 64, 150
 RANDOM_THIRDS = 3
 
@@ -81,10 +82,9 @@ class _Run:
         self.world = toy.write_world(out / "world", **records, seed=self.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(self.world.student)
         self.questions = {
-            domain: toy.make_questions(domain, "test", min(QUESTIONS, records["test"]), self.seed)
-            for domain in toy.DOMAINS
+            domain: make_questions(domain, "test", min(QUESTIONS, records["test"]), self.seed) for domain in DOMAINS
         }
-        general, shop = (str(self.world.train[domain]) for domain in toy.DOMAINS)
+        general, shop = (str(self.world.train[domain]) for domain in DOMAINS)
         mixed: Sources = [Source(general, teacher="reference"), Source(shop, teacher="expert")]
         student, teacher = str(self.world.student), str(out / "teacher")
 
@@ -165,7 +165,7 @@ class _Run:
         save: str | None = None,
         subset: Subset | None = None,
         callbacks: Sequence[Callback] = (),
-        domains: Sequence[toy.Domain] = toy.DOMAINS,
+        domains: Sequence[Domain] = DOMAINS,
     ) -> Figures:
         """Train a module on files, measure its student on the held-out questions, and save it if named."""
         L.seed_everything(self.seed, verbose=False)
@@ -195,7 +195,7 @@ class _Run:
             **options,
         )
 
-    def measure(self, student: PreTrainedModel, domains: Sequence[toy.Domain] = toy.DOMAINS) -> Figures:
+    def measure(self, student: PreTrainedModel, domains: Sequence[Domain] = DOMAINS) -> Figures:
         """Loss and exact match of greedy answers on the held-out questions."""
         figures: Figures = {}
         for domain in domains:
@@ -225,8 +225,8 @@ class _Run:
 
     def report(self) -> None:
         models, selection = self.results["models"], self.results["selection"]
-        head = ["model", *(f"{domain} {what}" for domain in toy.DOMAINS for what in ("loss", "exact"))]
-        rows = [[name, *_cells(*(figures[domain] for domain in toy.DOMAINS))] for name, figures in models.items()]
+        head = ["model", *(f"{domain} {what}" for domain in DOMAINS for what in ("loss", "exact"))]
+        rows = [[name, *_cells(*(figures[domain] for domain in DOMAINS))] for name, figures in models.items()]
         lp_head = ["trained on", "general loss", "general exact"]
         lp_rows = [[name, *_cells(figures)] for name, figures in selection["rows"].items()]
         self.show("Held-out questions: loss (nats per token) and exact matches", head, rows)
@@ -322,10 +322,14 @@ class _Bar(Callback):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave only what a newcomer should read: no tips, no bars of loading, no advice about data loaders."""
+    """Leave only what a newcomer should read: no tips, no bars of loading, no advice about data loaders.
+
+    Global states (logging, random numbers, threads) are put back afterwards.
+    """
     lightning, own = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning_itk")
     levels = lightning.level, own.level
     bars = transformers_logging.is_progress_bar_enabled()
+    threads = torch.get_num_threads()
     shared = get_console()  # where the recorder draws its bar
     shown = shared.quiet
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -334,6 +338,7 @@ def _quiet() -> Iterator[None]:
         own.setLevel(logging.WARNING)
         transformers_logging.disable_progress_bar()
         shared.quiet = True
+        torch.set_num_threads(min(2, threads))  # more threads than that only wait for each other on models so small
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -341,6 +346,7 @@ def _quiet() -> Iterator[None]:
         lightning.setLevel(levels[0])
         own.setLevel(levels[1])
         shared.quiet = shown
+        torch.set_num_threads(threads)
         if bars:
             transformers_logging.enable_progress_bar()
         random.setstate(states[0])

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_itk.cli import main
 from lightning_itk.quickstart import answer, quickstart, verdict
-from lightning_itk.toy import CHAT_TEMPLATE, DOMAINS
+from lightning_itk.toy import CHAT_TEMPLATE
+from lightning_itk.toy_questions import DOMAINS
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_itk import toy
 from lightning_itk.records import check
+from lightning_itk.toy_questions import CATALOGUE, DOMAINS, make_questions
 
 NUMBERS = {"three": 3, "four": 4, "five": 5}
 
@@ -23,7 +24,7 @@ def _solve(prompt: str) -> str:
     """The answer's facts, worked out anew from the words of the question."""
     words = prompt.partition("List: ")[2].split()
     numbers = [int(n) for n in re.findall(r"\d+", prompt)]
-    names = [name for name in re.findall(r"\w+", prompt) if name in toy.CATALOGUE]
+    names = [name for name in re.findall(r"\w+", prompt) if name in CATALOGUE]
     first = prompt.splitlines()[0]
     if match := re.search(r"(?:after|follows) (\w+)", first):
         return words[words.index(match[1]) + 1]
@@ -36,10 +37,10 @@ def _solve(prompt: str) -> str:
     if "larger" in first:
         return str(max(numbers))
     if "cheaper" in first or "less" in first:
-        return min(names, key=lambda name: toy.CATALOGUE[name].price)
+        return min(names, key=lambda name: CATALOGUE[name].price)
     if numbers:
-        return str(numbers[0] * toy.CATALOGUE[names[0]].price)
-    item = toy.CATALOGUE[names[0]] if names else None
+        return str(numbers[0] * CATALOGUE[names[0]].price)
+    item = CATALOGUE[names[0]] if names else None
     if item and re.search("colour|look", first):
         return item.colour
     if item and re.search("Where|aisle|way", first):
@@ -51,11 +52,11 @@ def _solve(prompt: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("domain", toy.DOMAINS)
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_are_right(domain, split):
     solved = 0
-    for question in toy.make_questions(domain, split, 200, seed=3):
+    for question in make_questions(domain, split, 200, seed=3):
         prompt = f"{question.instruction}\n\n{question.context}"
         expected, answer = _solve(prompt), question.answer
         if question.task == "count":
@@ -66,10 +67,10 @@ def test_answers_are_right(domain, split):
     assert solved > 150
 
 
-@pytest.mark.parametrize("domain", toy.DOMAINS)
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_splits_share_no_question(domain):
-    train = toy.make_questions(domain, "train", 1200, seed=0)
-    test = toy.make_questions(domain, "test", 200, seed=1)
+    train = make_questions(domain, "train", 1200, seed=0)
+    test = make_questions(domain, "test", 200, seed=1)
     assert not {(q.task, q.key) for q in train} & {(q.task, q.key) for q in test}
     assert not {(q.instruction, q.context) for q in train} & {(q.instruction, q.context) for q in test}
     assert not {q.context for q in train if q.context} & {q.context for q in test if q.context}
@@ -80,25 +81,25 @@ def test_an_order_of_the_arguments_does_not_leak():
         domain = "shop" if task == "cheaper" else "general"
         pairs = []
         for split in ("train", "test"):
-            questions = [q for q in toy.make_questions(domain, split, 200) if q.task == task]
+            questions = [q for q in make_questions(domain, split, 200) if q.task == task]
             names = [re.findall(r"\d+|the (\w+)", q.instruction) for q in questions]
             pairs.append({frozenset(pair) for pair in names if len(pair) == 2 and all(pair)})
         assert not pairs[0] & pairs[1]
 
 
 def test_every_fact_of_the_catalogue_is_taught():
-    taught = {(q.task, q.key[-1]) for q in toy.make_questions("shop", "train", 1200)}
+    taught = {(q.task, q.key[-1]) for q in make_questions("shop", "train", 1200)}
     for task in ("price", "aisle", "colour", "stock"):
-        assert {name for t, name in taught if t == task} == set(toy.CATALOGUE)
+        assert {name for t, name in taught if t == task} == set(CATALOGUE)
 
 
-@pytest.mark.parametrize("domain", toy.DOMAINS)
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_records_come_in_every_form_and_pass_the_check(domain):
     records = toy.make_records(domain, "train", 300)
     forms = {key for record in records for key in record}
     assert forms >= {"instruction", "input", "output", "context", "response", "prompt", "completion", "messages"}
     turns = set()
-    for record, question in zip(records, toy.make_questions(domain, "train", 300), strict=True):
+    for record, question in zip(records, make_questions(domain, "train", 300), strict=True):
         messages, teacher = check(record, {})
         turns.add(len(messages))
         assert messages[-1]["content"] == question.answer
@@ -125,9 +126,9 @@ def test_equal_arguments_give_equal_records_in_another_process():
 
 def test_more_questions_than_there_are_is_one_clear_line():
     with pytest.raises(ValueError, match=r"shop has only about \d+ different test questions, 5000 were asked for"):
-        toy.make_questions("shop", "test", 5000)
+        make_questions("shop", "test", 5000)
     with pytest.raises(ValueError, match="unknown domain or split 'law', 'train'"):
-        toy.make_questions("law")
+        make_questions("law")
 
 
 def test_tokenizer_round_trip():
@@ -140,7 +141,7 @@ def test_tokenizer_round_trip():
     ):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id}) == 2
-    words = [f" {word}" for word in (*toy.CATALOGUE, "cat", "plum", "truck")]
+    words = [f" {word}" for word in (*CATALOGUE, "cat", "plum", "truck")]
     assert all(len(tokenizer(word)["input_ids"]) <= 2 for word in words)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
@@ -172,7 +173,7 @@ def test_weights_depend_on_the_seed_alone():
 
 
 def test_files_hold_what_was_asked_for(world):
-    for domain in toy.DOMAINS:
+    for domain in DOMAINS:
         for files, split, n in ((world.train, "train", 300), (world.test, "test", 100)):
             lines = files[domain].read_text().splitlines()
             assert [json.loads(line) for line in lines] == toy.make_records(domain, split, n, 0)
