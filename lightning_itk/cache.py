@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lightning_itk.chat import ChatEncoder, Encoded
-from lightning_itk.records import DataError, Record
+from lightning_itk.records import DataError, Fingerprint, Record
 from lightning_itk.sources import Chunk, Source, content_hash, parse_chunk, read_chunks
 
 FORMAT_VERSION = 1
@@ -260,7 +260,7 @@ def _build(folder: Path, job: _Job, num_proc: int, progress: bool) -> None:
 
 
 def _write(writer: pa.RecordBatchFileWriter, job: _Job, num_proc: int, progress: bool) -> Summary:
-    summary, fingerprint = Summary(), hashlib.blake2b(digest_size=16)
+    summary, fingerprint = Summary(), Fingerprint()
     tags: dict[str, int] = {}
     columns = [SpinnerColumn(), TextColumn("tokenizing {task.description}"), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
@@ -275,9 +275,9 @@ def _write(writer: pa.RecordBatchFileWriter, job: _Job, num_proc: int, progress:
             summary.max_token_id = max(summary.max_token_id, block.counts["max_token_id"])
             for reason, count in block.dropped.items():
                 summary.dropped[reason] = summary.dropped.get(reason, 0) + count
-            fingerprint.update(block.digests)
+            fingerprint.add(block.digests)
             bar.update(task, completed=summary.records)
-    summary.teachers, summary.fingerprint = list(tags), fingerprint.hexdigest()
+    summary.teachers, summary.fingerprint = list(tags), str(fingerprint)
     return summary
 
 

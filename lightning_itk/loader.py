@@ -1,6 +1,5 @@
 """From tokenized sources to batches, and a loader that resumes in the middle of an epoch."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, pack, pad
 from lightning_itk.cache import TokenizedSource
+from lightning_itk.records import joint_fingerprint
 from lightning_itk.sampler import BatchSampler
 
 
@@ -48,8 +48,7 @@ class SampleSet(Dataset[list[Sample]]):
         self.teacher_ids = np.concatenate(teacher_ids)
         self.source_ids = np.repeat(np.arange(len(sources)), list(map(len, sources)))
         self.max_token_id = max(source.summary.max_token_id for source in sources)
-        parts = "".join(source.summary.fingerprint for source in sources)
-        self.fingerprint = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+        self.fingerprint = joint_fingerprint(source.summary.fingerprint for source in sources)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

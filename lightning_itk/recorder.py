@@ -66,7 +66,7 @@ class ResponseLossRecorder(Callback):
     ) -> None:
         order = np.argsort(records)
         if epoch > 0:
-            append_epoch(path, losses[order])
+            append_epoch(path, losses[order], epoch=epoch)
             return
         meta = {
             "fingerprint": data.fingerprint,

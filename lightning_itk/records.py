@@ -7,7 +7,7 @@ record is one line.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 Message = dict[str, str]
@@ -36,6 +36,25 @@ class Record(NamedTuple):
         """16 bytes that tell this record's conversation from any other."""
         text = "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in self.messages)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+class Fingerprint:
+    """A hash of the records of one source in their order, whatever the tokenizer."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, digests: bytes) -> None:
+        """Add records: their digests, one after the other."""
+        self._hash.update(digests)
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
+def joint_fingerprint(sources: Iterable[object]) -> str:
+    """The fingerprint of several sources, one after the other, from that of each."""
+    return hashlib.blake2b("".join(map(str, sources)).encode(), digest_size=16).hexdigest()
 
 
 def parse_line(line: bytes) -> Any:

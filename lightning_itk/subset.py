@@ -1,18 +1,16 @@
 """The subset of a data set that recorded response losses choose."""
 
-import logging
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_itk.records import DataError
 from lightning_itk.scores import check_records, read_scores
 from lightning_itk.selection import Metric, Order, sample_scores, select
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,11 +47,11 @@ def choose(subset: Subset, sample_ids: np.ndarray, tokens: np.ndarray, *, finger
         DataError: no such scores file, of other records, without the needed columns, or nothing to choose from.
     """
     try:
-        recorded = read_scores(subset.scores)
+        recorded = read_scores(subset.scores, epochs=epochs_needed(subset.metric))
         check_records(recorded, fingerprint)
         place = _places(recorded.record, sample_ids)
         scores = sample_scores(subset.metric, _at(recorded.losses, place), tokens)
-        clusters = None if subset.clusters is None else _clusters(subset.clusters, sample_ids)
+        clusters = None if subset.clusters is None else _clusters(subset.clusters, sample_ids, fingerprint)
         chosen = select(scores, subset.fraction, clusters=clusters, order=subset.order, seed=subset.seed)
     except DataError:
         raise
@@ -64,11 +62,16 @@ def choose(subset: Subset, sample_ids: np.ndarray, tokens: np.ndarray, *, finger
             f"{subset.scores}: the subset is empty: {int(np.isfinite(scores).sum())} of {len(scores)} training "
             f"samples have a score, fraction is {subset.fraction}"
         )
-    rank_zero_only(log.info)(
+    rank_zero_info(
         f"subset: {len(chosen):,} of {len(sample_ids):,} samples, {subset.order} {subset.metric}, "
-        f"scored by {recorded.meta.get('model', 'an unnamed model')} ({recorded.epochs} epochs)"
+        f"scored by {recorded.meta.get('model', 'an unnamed model')} ({recorded.meta['epochs']} epochs)"
     )
     return chosen
+
+
+def epochs_needed(metric: Metric) -> int | None:
+    """The epochs of losses that a metric looks at; None = all there are."""
+    return {"lp": None, "lp_app": 1}.get(metric, 0)
 
 
 def _places(records: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
@@ -86,16 +89,29 @@ def _at(losses: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.where(place >= 0, losses[:, place], np.nan)
 
 
-def _clusters(path: str, sample_ids: np.ndarray) -> np.ndarray:
+def _clusters(path: str, sample_ids: np.ndarray, fingerprint: str) -> np.ndarray:
     """The cluster of each sample; samples that the file does not name form one of their own."""
-    try:
-        table = pq.read_table(path, columns=["record", "cluster"]).sort_by("record")
-        record, cluster = table.column("record").to_numpy(), table.column("cluster").to_numpy()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet with the columns record and cluster: {error}") from None
+    record, cluster = read_clusters(path, fingerprint)
     place = _places(record, sample_ids)
     if not len(cluster):
         return np.full(len(sample_ids), -1)
     return np.where(place >= 0, cluster[place], -1)
+
+
+def read_clusters(path: str, fingerprint: str) -> tuple[np.ndarray, np.ndarray]:
+    """Record numbers, ascending, and their clusters from a Parquet file.
+
+    Raises:
+        DataError: not such a file, or one that says that it was made on other records.
+    """
+    try:
+        table = pq.read_table(path, columns=["record", "cluster"]).sort_by("record")
+        noted = json.loads((table.schema.metadata or {}).get(b"itk", b"{}"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet with the columns record and cluster: {error}") from None
+    if noted.get("fingerprint", fingerprint) != fingerprint:
+        found = f"fingerprint {noted['fingerprint']}, the data has {fingerprint}"
+        raise DataError(f"{path}: made on other records or in another order ({found})")
+    return table.column("record").to_numpy(), table.column("cluster").to_numpy()
