@@ -1,7 +1,6 @@
 """InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from lightning_itk.chat import ChatEncoder
 from lightning_itk.loader import ResumableLoader, SampleSet
 from lightning_itk.records import DataError
 from lightning_itk.sampler import BatchSampler, MixedSource
-from lightning_itk.sources import Source
+from lightning_itk.sources import Sources, as_sources
+from lightning_itk.split import held_out
 from lightning_itk.subset import Subset, choose
-
-Sources = str | Source | list[str | Source]
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -75,10 +73,10 @@ class InstructionDataModule(L.LightningDataModule):
         if isinstance(validation, float | int) and not 0 <= validation < 1:
             raise DataError(f"validation is {validation}, expected a share from 0 up to 1 (exclusive), or files")
         self.sources = {
-            "train": _sources(train),
-            "validation": [] if isinstance(validation, float | int) else _sources(validation),
-            "test": _sources(test),
-            "predict": _sources(predict),
+            "train": as_sources(train),
+            "validation": [] if isinstance(validation, float | int) else as_sources(validation),
+            "test": as_sources(test),
+            "predict": as_sources(predict),
         }
         if not self.sources["train"]:
             raise DataError("train names no file and no data set")
@@ -157,8 +155,10 @@ class InstructionDataModule(L.LightningDataModule):
         for name in names:
             if self.sources[name]:
                 self._set(name)
-        if "train" in self._sets and not hasattr(self, "_pool"):
+        if "train" in self._sets:
             self._split()
+        if stage in ("fit", None):
+            self._chosen = self._choose()
 
     def train_dataloader(self) -> ResumableLoader:
         samples = self._set("train")
@@ -244,19 +244,17 @@ class InstructionDataModule(L.LightningDataModule):
         return self._sets[name]
 
     def _split(self) -> None:
-        """Hold out the validation share, then choose the subset."""
-        samples = self._set("train")
-        held_out = _held_out(samples.digests, self.validation_share, self.seed)
-        self._held_out, self._pool = np.flatnonzero(held_out), np.flatnonzero(~held_out)
-        self._chosen = self._pool
-        if self.subset is not None:
-            chosen = choose(
-                self.subset,
-                samples.sample_ids[self._pool],
-                samples.learned[self._pool],
-                fingerprint=samples.fingerprint,
-            )
-            self._chosen = self._pool[chosen]
+        out = held_out(self._set("train").digests, self.validation_share, self.seed)
+        self._held_out, self._pool = np.flatnonzero(out), np.flatnonzero(~out)
+
+    def _choose(self) -> np.ndarray:
+        """The samples to train on."""
+        samples, pool = self._set("train"), self._pool
+        if self.subset is None:
+            return pool
+        return pool[
+            choose(self.subset, samples.sample_ids[pool], samples.learned[pool], fingerprint=samples.fingerprint)
+        ]
 
     def _eval_loader(self, name: str, chosen: np.ndarray | None = None, longest_first: bool = True) -> ResumableLoader:
         samples = self._set(name)
@@ -288,26 +286,6 @@ class InstructionDataModule(L.LightningDataModule):
         )
 
 
-def _sources(given: Any) -> list[Source]:
-    """Sources from a path, a Source, a dict of its fields, or a list of these."""
-    if given is None:
-        return []
-    items = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    sources = []
-    for item in items:
-        if isinstance(item, str | Path):
-            item = Source(str(item))
-        elif isinstance(item, dict):
-            try:
-                item = Source(**item)
-            except TypeError as error:
-                raise DataError(f"a source is {{path, teacher, weight, columns, split}}: {error}") from None
-        elif not isinstance(item, Source):
-            raise DataError(f"a source is {type(item).__name__}, expected a path or {{path, teacher, weight, …}}")
-        sources.append(item)
-    return sources
-
-
 def _template(given: str | None) -> str | None:
     if given is None or "{" in given or "\n" in given:
         return given
@@ -331,31 +309,6 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{name}: no tokenizer could be loaded: {reason}") from error
-
-
-def _held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """True for round(share * samples) samples, at least one; equal conversations stay on one side.
-
-    Chosen by a hash of the conversation, so that a sample keeps its side whatever else is in the data set.
-    """
-    held_out = np.zeros(len(digests), bool)
-    if share > 0:
-        if len(digests) < 2:
-            raise DataError("a validation share needs at least 2 samples: set validation to 0 or to a file")
-        mixed = _mix(digests ^ _mix(np.array([seed], np.uint64)))
-        cut = np.sort(mixed)[max(1, round(share * len(digests))) - 1]
-        held_out = mixed <= cut
-        if held_out.all():
-            raise DataError("the validation share leaves nothing to train on: all conversations are equal, or too few")
-    return held_out
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: spreads every bit over all."""
-    values = values.astype(np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
-    return values ^ (values >> np.uint64(31))
 
 
 def _report(name: str, tokenized: list[TokenizedSource], max_length: int) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -41,7 +41,8 @@ class Source:
     columns: dict[str, str] | None = None
     split: str = "train"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises DataError for a weight or a column map that makes no sense."""
         if not self.weight > 0 or self.weight == float("inf"):
             raise DataError(f"{self.path}: weight is {self.weight}, expected a number above 0")
         for role in self.columns or {}:
@@ -67,6 +68,30 @@ class Source:
         return path
 
 
+# A dict that is no Source gets our one-line error instead of a parser's.
+Sources = str | Source | dict[str, Any] | list[str | Source | dict[str, Any]]
+
+
+def as_sources(given: Any) -> list[Source]:
+    """Sources from a path, a Source, a dict of its fields, or a list of these; none from None."""
+    if given is None:
+        return []
+    items = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    sources = []
+    for item in items:
+        if isinstance(item, str | Path):
+            item = Source(str(item))
+        elif isinstance(item, dict):
+            try:
+                item = Source(**item)
+            except TypeError as error:
+                raise DataError(f"a source is {{path, teacher, weight, columns, split}}: {error}") from None
+        elif not isinstance(item, Source):
+            raise DataError(f"a source is {type(item).__name__}, expected a path or {{path, teacher, weight, …}}")
+        sources.append(item)
+    return sources
+
+
 class Chunk(NamedTuple):
     """Some records as they were read: lines of JSON text or objects."""
 
@@ -83,6 +108,7 @@ def read_chunks(source: Source) -> Iterator[Chunk]:
     Raises:
         DataError: missing or empty file, broken compression, JSON or Parquet, unknown data set.
     """
+    source.check()
     name = Path(source.path).name if source.is_file else source.path
     records, unit = _open(source)
     places: list[int] = []

@@ -51,7 +51,7 @@ def choose(subset: Subset, sample_ids: np.ndarray, tokens: np.ndarray, *, finger
         check_records(recorded, fingerprint)
         place = _places(recorded.record, sample_ids)
         scores = sample_scores(subset.metric, _at(recorded.losses, place), tokens)
-        clusters = None if subset.clusters is None else _clusters(subset.clusters, sample_ids, fingerprint)
+        clusters = None if subset.clusters is None else clusters_of(subset.clusters, sample_ids, fingerprint)
         chosen = select(scores, subset.fraction, clusters=clusters, order=subset.order, seed=subset.seed)
     except DataError:
         raise
@@ -89,21 +89,21 @@ def _at(losses: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.where(place >= 0, losses[:, place], np.nan)
 
 
-def _clusters(path: str, sample_ids: np.ndarray, fingerprint: str) -> np.ndarray:
-    """The cluster of each sample; samples that the file does not name form one of their own."""
-    record, cluster = read_clusters(path, fingerprint)
+def clusters_of(path: str, sample_ids: np.ndarray, fingerprint: str) -> np.ndarray:
+    """The cluster of each sample; samples that the Parquet file does not name form one of their own.
+
+    Raises:
+        DataError: not such a file, or one that says that it was made on other records.
+    """
+    record, cluster = _read_clusters(path, fingerprint)
     place = _places(record, sample_ids)
     if not len(cluster):
         return np.full(len(sample_ids), -1)
     return np.where(place >= 0, cluster[place], -1)
 
 
-def read_clusters(path: str, fingerprint: str) -> tuple[np.ndarray, np.ndarray]:
-    """Record numbers, ascending, and their clusters from a Parquet file.
-
-    Raises:
-        DataError: not such a file, or one that says that it was made on other records.
-    """
+def _read_clusters(path: str, fingerprint: str) -> tuple[np.ndarray, np.ndarray]:
+    """Record numbers, ascending, and their clusters."""
     try:
         table = pq.read_table(path, columns=["record", "cluster"]).sort_by("record")
         noted = json.loads((table.schema.metadata or {}).get(b"itk", b"{}"))

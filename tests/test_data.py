@@ -238,6 +238,14 @@ def test_yaml(folder: Path) -> None:
     for arguments in (["--data.train=a.jsonl", "--data.validation=b.jsonl"], ["--data.train=[a.jsonl]"]):
         data = instantiate(parser.parse_args(arguments)).data
         assert data.sources["train"] == [Source("a.jsonl")]
+    for sources, error in [
+        ("[{path: a.jsonl, columns: {answer: response}}]", "a.jsonl: unknown key 'answer' in columns"),
+        ("[{path: a.jsonl, weight: 0}]", "a.jsonl: weight is 0"),
+        ("[{path: a.jsonl, wait: 3}]", "unexpected keyword argument 'wait'"),
+    ]:
+        config.write_text(f"data: {{train: {sources}}}")
+        with pytest.raises(DataError, match=error):
+            instantiate(parser.parse_path(config))
     help_text = parser.format_help()
     for name in ("train", "validation", "packing", "cache_dir"):
         assert f"--data.{name}" in help_text

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -177,11 +178,27 @@ def test_bad_sources(tmp_path: Path, write: Write) -> None:
             list(read(Source(path)))
         assert error in str(raised.value)
     with pytest.raises(DataError, match="unknown key 'answer' in columns, expected one of messages"):
-        Source("a.jsonl", columns={"answer": "response"})
+        Source("a.jsonl", columns={"answer": "response"}).check()
     with pytest.raises(DataError, match="weight is 0"):
-        Source("a.jsonl", weight=0)
+        Source("a.jsonl", weight=0).check()
     with pytest.raises(DataError, match="no column 'answer' .columns maps response to it., found prompt"):
         list(read(Source(write('{"prompt": "q"}'), columns={"response": "answer"})))
+
+
+def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, split: str) -> datasets.Dataset:
+        if path != "someone/alpaca":
+            raise FileNotFoundError(f"{path} is not on the hub\nand more lines")
+        return datasets.Dataset.from_list(ALPACA if split == "train" else ALPACA[:2])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    records = list(read(Source("someone/alpaca")))
+    assert len(records) == 7
+    assert records[1].place == "someone/alpaca record 2"
+    assert len(list(read(Source("someone/alpaca", split="test")))) == 2
+    assert content_hash(Source("someone/alpaca")) != content_hash(Source("someone/alpaca", split="test"))
+    with pytest.raises(DataError, match="neither a file nor a hub data set that can be loaded: someone/none is not on"):
+        list(read(Source("someone/none")))
 
 
 def test_content_hash_is_of_the_content(write: Write) -> None:
