@@ -1,0 +1,120 @@
+"""Cross-entropy from hidden states and a head: what supervised fine-tuning pays."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure
+from torch import Tensor
+
+from lightning_itk.losses import linear_cross_entropy
+
+
+class Shape(NamedTuple):
+    tokens: int
+    hidden: int
+    vocab: int
+    share: float = 1.0
+    compiled: bool = False
+
+
+TINY = [Shape(48, 16, 300, 0.5)]
+CPU = [Shape(256, 128, 8192, compiled=True), Shape(256, 128, 8192, 0.25)]
+FULL = [
+    Shape(8192, 2048, 128256, compiled=True),
+    Shape(8192, 2048, 128256, 0.25),
+    Shape(1024, 4096, 128256),
+    Shape(32768, 2048, 128256),
+    Shape(8192, 1024, 32000),
+    Shape(8192, 4096, 151936),
+    Shape(4096, 8192, 262144),
+]
+
+
+def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
+    n, h, v = shape[:3]
+
+    def make(seed: int, small: bool) -> Inputs:
+        rows = min(n, 257) if small else n
+        generator = torch.Generator(device).manual_seed(seed)
+        random = partial(torch.randn, generator=generator, device=device)
+        labels = torch.randint(v, (rows,), generator=generator, device=device)
+        labels[torch.rand(rows, generator=generator, device=device) >= shape.share] = -100
+        labels[0] = 0
+        head = (random(v, h) * h**-0.5).to(dtype)
+        return {"hidden": random(rows, h).to(dtype), "head": head, "labels": labels, "kept": int((labels >= 0).sum())}
+
+    def reference(inputs: Inputs, rows: Tensor | None) -> Tensor:
+        hidden, labels = inputs["hidden"], inputs["labels"]
+        if rows is not None:
+            hidden, labels = hidden[rows], labels[rows]
+        return F.cross_entropy(hidden @ inputs["head"].T, labels, reduction="sum")
+
+    kept = make(0, False)["kept"]
+    read, written = dtype.itemsize * (v * h + kept * h), dtype.itemsize * (v * h + kept * h)
+    return Problem(
+        subject="linear_ce",
+        shape={"tokens": n, "hidden": h, "vocab": v, "share": shape.share, "kept": kept},
+        dtype=dtype,
+        make=make,
+        leaves=("hidden", "head"),
+        reference=reference,
+        kept=kept,
+        work={
+            "eval": (2 * kept * v * h, read),
+            "forward": (2 * kept * v * h, read),
+            "forward+backward": (6 * kept * v * h, read + written),
+        },
+        compiled=shape.compiled,
+    )
+
+
+def ours(problem: Problem, impl: str) -> Loss:
+    if impl == "triton" and not torch.cuda.is_available():
+        raise Unavailable("the Triton kernels need a GPU")
+    return lambda x: linear_cross_entropy(x["hidden"], x["head"], x["labels"], impl=impl)  # type: ignore[arg-type]
+
+
+def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
+    def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
+
+    run = whole if settings is None else compiled(whole, problem, settings)
+    return lambda x: run(x["hidden"], x["head"], x["labels"])
+
+
+def torch_linear(problem: Problem) -> Loss:
+    function = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    chosen = {"options": options()} if options is not None else {}  # with options it goes through the rows in chunks
+    return lambda x: function(x["hidden"], x["head"], x["labels"], reduction="sum", **chosen)
+
+
+def liger(problem: Problem) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    if not torch.cuda.is_available():
+        raise Unavailable("Liger's Triton kernels need a GPU")
+    module = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda x: module(x["head"], x["hidden"], x["labels"])
+
+
+def providers(settings: Settings) -> dict[str, Provider]:
+    return {
+        "lightning_itk triton": partial(ours, impl="triton"),
+        "lightning_itk torch": partial(ours, impl="torch"),
+        "eager": eager_loss,
+        "torch linear_cross_entropy": torch_linear,
+        "liger fused linear CE": liger,
+        "torch.compile": partial(eager_loss, settings=settings),
+    }
+
+
+def run(settings: Settings) -> None:
+    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    for shape in shapes:
+        measure(problem(shape, dtype, settings.device), providers(settings), settings)

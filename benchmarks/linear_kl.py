@@ -1,0 +1,228 @@
+"""Distillation from hidden states and heads: the KL of two vocabulary distributions, gradients of states and head."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure
+from torch import Tensor
+
+from lightning_itk.divergence import divergence_rows
+from lightning_itk.losses import linear_kl_divergence
+
+
+class Shape(NamedTuple):
+    tokens: int
+    hidden: int
+    teacher_hidden: int
+    vocab: int
+    share: float = 1.0  # of the tokens that are response tokens
+    kind: str = "forward"
+    beta: float = 0.5
+    temperature: float = 1.0
+    compiled: bool = False
+
+
+TINY = [Shape(48, 16, 24, 300, 0.5), Shape(33, 16, 24, 300, kind="jsd", temperature=2.0)]
+CPU = [
+    Shape(256, 128, 192, 8192, compiled=True),
+    Shape(256, 128, 192, 8192, 0.25),
+    Shape(256, 128, 192, 8192, kind="jsd"),
+]
+FULL = [  # most telling first: the run stops where its time is over
+    Shape(8192, 2048, 4096, 128256, compiled=True),
+    Shape(8192, 2048, 4096, 128256, 0.25),
+    Shape(1024, 4096, 8192, 128256, compiled=True),
+    Shape(8192, 2048, 4096, 128256, kind="jsd"),
+    Shape(32768, 2048, 4096, 128256),
+    Shape(8192, 2048, 4096, 128256, 0.5),
+    Shape(8192, 1024, 2048, 32000, compiled=True),
+    Shape(8192, 1024, 4096, 151936),
+    Shape(4096, 8192, 8192, 128256),
+    Shape(8192, 2048, 4096, 262144),
+    Shape(8192, 2048, 4096, 128256, kind="reverse", temperature=2.0),
+]
+
+
+def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
+    n, hs, ht, v = shape[:4]
+
+    def make(seed: int, small: bool) -> Inputs:
+        rows = min(n, 257) if small else n
+        generator = torch.Generator(device).manual_seed(seed)
+        random = partial(torch.randn, generator=generator, device=device)
+        labels = torch.randint(v, (rows,), generator=generator, device=device)
+        labels[torch.rand(rows, generator=generator, device=device) >= shape.share] = -100
+        labels[0] = 0
+        kept = int((labels != -100).sum())
+        return {
+            "student_hidden": random(rows, hs).to(dtype),
+            "student_head": (random(v, hs) * hs**-0.5).to(dtype),  # logits of deviation 1: KL about 1
+            "teacher_hidden": random(rows, ht).to(dtype),
+            "teacher_head": (random(v, ht) * ht**-0.5).to(dtype),
+            "labels": labels,
+            "kept": kept,
+        }
+
+    def reference(inputs: Inputs, rows: Tensor | None) -> Tensor:
+        labels = inputs["labels"] if rows is None else inputs["labels"][rows]
+        keep = (labels != -100).nonzero().flatten()
+        keep = keep if rows is None else rows[keep]
+        student = inputs["student_hidden"][keep] @ inputs["student_head"].T
+        teacher = inputs["teacher_hidden"][keep] @ inputs["teacher_head"].T
+        return divergence_rows(student, teacher, shape.kind, shape.beta, shape.temperature).sum()  # type: ignore[arg-type]
+
+    kept = make(0, False)["kept"]
+    projections = 2 * kept * v * (hs + ht)
+    read = dtype.itemsize * (v * (hs + ht) + kept * (hs + ht))
+    written = dtype.itemsize * (v * hs + kept * hs)
+    return Problem(
+        subject="linear_kl",
+        shape={key: value for key, value in shape._asdict().items() if key != "compiled"} | {"kept": kept},
+        dtype=dtype,
+        make=make,
+        leaves=("student_hidden", "student_head"),
+        reference=reference,
+        kept=kept,
+        work={
+            "eval": (projections, read),
+            "forward": (projections, read),
+            "forward+backward": (projections + 4 * kept * v * hs, read + written),
+        },
+        compiled=shape.compiled,
+    )
+
+
+def options(problem: Problem) -> dict[str, Any]:
+    return {name: problem.shape[name] for name in ("kind", "beta", "temperature")}
+
+
+def ours(problem: Problem, impl: str) -> Loss:
+    if impl == "triton" and not torch.cuda.is_available():
+        raise Unavailable("the Triton kernels need a GPU")
+
+    def loss(x: Inputs) -> Tensor:
+        models = x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
+        return linear_kl_divergence(*models, x["labels"], impl=impl, **options(problem))  # type: ignore[arg-type]
+
+    return loss
+
+
+def eager_rows(student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float) -> Tensor:
+    """The divergence as people write it, with F.kl_div on log-softmaxes."""
+    student, teacher = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
+    divergence = partial(F.kl_div, reduction="sum", log_target=True)
+    if kind == "forward":
+        value = divergence(student, teacher)
+    elif kind == "reverse":
+        value = divergence(teacher, student)
+    else:
+        share = torch.tensor([1 - beta, beta], device=student.device, dtype=student.dtype).log()
+        mixture = torch.logsumexp(torch.stack([student + share[0], teacher + share[1]]), 0)
+        value = beta * divergence(mixture, teacher) + (1 - beta) * divergence(mixture, student)
+    return temperature**2 * value
+
+
+def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
+    """All logits in the models' dtype, as models return them; softmax in fp32. Compiled where settings are given."""
+
+    def rows(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, keep: Tensor) -> Tensor:
+        student = F.linear(hidden, head)[keep].float()
+        with torch.no_grad():
+            teacher = F.linear(teacher_hidden, teacher_head)[keep].float()
+        return eager_rows(student, teacher, **options(problem))
+
+    run = rows if settings is None else compiled(rows, problem, settings)
+
+    def loss(x: Inputs) -> Tensor:
+        keep = (x["labels"] != -100).nonzero().flatten()
+        return run(x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"], keep)
+
+    return loss
+
+
+def _liger_beta(problem: Problem) -> float:
+    return {"forward": 0.0, "reverse": 1.0, "jsd": problem.shape["beta"]}[problem.shape["kind"]]
+
+
+def liger_fused(problem: Problem) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    if not torch.cuda.is_available():
+        raise Unavailable("Liger's Triton kernels need a GPU")
+    temperature = problem.shape["temperature"]
+    module = LigerFusedLinearJSD(jsd_beta=_liger_beta(problem), temperature=temperature)
+
+    def loss(x: Inputs) -> Tensor:
+        models = x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
+        return module(*models, x["labels"]) * (x["kept"] * temperature**2)  # a mean without T²
+
+    return loss
+
+
+def liger_chunked(problem: Problem, settings: Settings) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    generate = not settings.tiny and problem.compiled
+    if settings.device == "cuda" and not generate:
+        raise Unavailable("torch.compile is timed at some shapes only, to keep the run short")
+    temperature = problem.shape["temperature"]
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=_liger_beta(problem),
+        temperature=temperature,
+        compiled=generate and settings.device == "cuda",
+    )
+
+    def loss(x: Inputs) -> Tensor:
+        models = x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
+        return module(*models, x["labels"]) * (x["kept"] * temperature**2)
+
+    return loss
+
+
+def orda(problem: Problem) -> Loss:
+    from orda_kernel import SeparateTeacher, distillation_loss
+
+    kind = problem.shape["kind"]
+    if kind == "jsd":
+        raise Unavailable("orda-kernel has no Jensen-Shannon with this definition")
+
+    def loss(x: Inputs) -> Tensor:
+        return distillation_loss(
+            x["student_hidden"],
+            x["student_head"],
+            x["labels"],
+            SeparateTeacher(hidden=x["teacher_hidden"], weight=x["teacher_head"]),
+            student_ce_weight=0.0,
+            kl_weight=1.0,
+            kl_temperature=problem.shape["temperature"],
+            kl_divergence=kind,
+            reduction="sum",
+            backend="auto" if torch.cuda.is_available() else "torch",
+        ).loss
+
+    return loss
+
+
+def providers(settings: Settings) -> dict[str, Provider]:
+    return {
+        "lightning_itk triton": partial(ours, impl="triton"),
+        "lightning_itk torch": partial(ours, impl="torch"),
+        "eager": eager_loss,
+        "liger fused linear JSD": liger_fused,
+        "orda-kernel" if settings.device == "cuda" else "orda-kernel (its torch form)": orda,
+        "torch.compile": partial(eager_loss, settings=settings),
+        "liger chunked JSD" if settings.device == "cuda" else "liger chunked JSD (not compiled)": partial(
+            liger_chunked, settings=settings
+        ),
+    }
+
+
+def run(settings: Settings) -> None:
+    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    for shape in shapes:
+        measure(problem(shape, dtype, settings.device), providers(settings), settings)
