@@ -1,6 +1,7 @@
 """Write a trained student as a folder that `AutoModelForCausalLM.from_pretrained` reads."""
 
 import copy
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -58,6 +59,9 @@ def export(
         raise ValueError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         student.save_pretrained(temporary, state_dict=state)
+        if dtype != "auto":
+            config = json.loads((temporary / "config.json").read_text())
+            (temporary / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
         tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
         if folder.exists():

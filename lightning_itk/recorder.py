@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_itk.batch import next_token_labels
 from lightning_itk.chunked import linear_token_scores
-from lightning_itk.hidden import hidden_states
+from lightning_itk.hidden import base_causal_lm, hidden_states
 from lightning_itk.module import InstructionModule
 from lightning_itk.scores import append_epoch, read_meta, write_scores
 
@@ -70,7 +70,7 @@ class ResponseLossRecorder(Callback):
             return
         meta = {
             "fingerprint": data.fingerprint,
-            "model": module.student_name,
+            "model": module.student_name or type(base_causal_lm(module.student)).__name__,
             "tokenizer": data.tokenizer.name_or_path,
             "template": data.encoder.fingerprint(),
             "max_length": data.max_length,

@@ -11,6 +11,7 @@ from tiny import byte_tokenizer, tiny_model
 
 import lightning_itk as itk
 from lightning_itk.distillation import AttentionLoss
+from lightning_itk.recorder import ResponseLossRecorder
 
 
 class Kill(Callback):
@@ -54,3 +55,32 @@ def train(method: str, data: str, folder: Path, output: Path, resume: bool = Fal
     checkpoints = sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime)
     trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoints[-1] if resume else None, weights_only=True)
     torch.save({"weights": model.state_dict(), "step": trainer.global_step}, output)
+
+
+def record(data: str, folder: Path, kill_after: int = 0, options: dict | None = None) -> None:
+    """Train two epochs with a ResponseLossRecorder; resume where a checkpoint is found."""
+    L.seed_everything(0)
+    settings = {"max_length": 96, "batch_size": 2, "num_proc": 1, "cache_dir": str(folder / "cache"), **(options or {})}
+    datamodule = itk.InstructionDataModule(data, tokenizer=byte_tokenizer(), **settings)
+    recorder = ResponseLossRecorder(str(folder / "scores.parquet"))
+    scored = []
+    original = recorder._record
+    recorder._record = lambda trainer, module, epoch: (scored.append(epoch), original(trainer, module, epoch))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    callbacks: list[Callback] = [recorder, ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1)]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[*callbacks, *([Kill(kill_after)] if kill_after else [])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    model = itk.SFTModule(tiny_model("llama", 0), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+    trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoints[-1] if checkpoints else None, weights_only=True)
+    torch.save(len(scored), folder / "scored.pt")

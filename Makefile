@@ -1,0 +1,40 @@
+# Every target does its own set-up in .venv; nothing is redone while nothing changed.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install quickstart test lint bench gpu clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv and install the package with everything the targets need
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED)  ## train, distil and align tiny models on this machine (about five minutes on two cores)
+	$(BIN)/lightning-itk quickstart
+
+test: $(INSTALLED)  ## all tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## what a CPU can say
+	$(BIN)/python benchmarks/run.py --cpu
+
+# Runs in the environment of the caller where there is no .venv: GPU machines often bring their own torch.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu:  ## GPU tests, then all benchmarks; results in benchmarks/results
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) benchmarks/run.py --full
+
+clean:  ## remove what the targets made
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

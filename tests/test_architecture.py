@@ -1,0 +1,130 @@
+"""The house rules: who imports whom, how long files are, what an import must not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_itk"
+
+
+def contributing_table() -> dict[str, set[str]]:
+    """The import table of CONTRIBUTING.md: file -> files of the package that it may import."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    block = text.split("<!-- imports -->")[1].split("```")[1]
+    table = {}
+    for line in block.strip().splitlines():
+        owners, _, allowed = line.partition("->")
+        for owner in owners.split():
+            table[owner] = set(allowed.split()) - {"nothing"}
+    return table
+
+
+def imports(path: Path) -> set[str]:
+    """Files of the package that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("lightning_itk."):
+                found.add(name.split(".")[1])
+    return found
+
+
+def test_the_import_table_holds():
+    table = contributing_table()
+    files = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "cli")}
+    assert files.keys() == table.keys()
+    for name, path in files.items():
+        extra = imports(path) - table[name]
+        assert not extra, f"{name}.py imports {sorted(extra)}; CONTRIBUTING.md allows {sorted(table[name])}"
+
+
+def test_arrows_go_one_way():
+    table = contributing_table()
+
+    def reach(name: str, seen: tuple[str, ...] = ()) -> None:
+        assert name not in seen, f"import cycle: {' -> '.join([*seen, name])}"
+        for other in table.get(name, ()):
+            reach(other, (*seen, name))
+
+    for name in table:
+        reach(name)
+
+
+def test_modules_and_data_do_not_know_each_other():
+    table = contributing_table()
+    methods = {"module", "sft", "kd", "dae", "distillation"}
+    data = {"data", "sources", "records", "chat", "cache", "loader", "sampler", "packing"}
+    assert not any(table[name] & data for name in methods)
+    assert not any(table[name] & methods for name in data)
+
+
+def test_kernels_are_a_leaf_and_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert str(link.readlink()) == "../kernels"
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert not imports(path), path
+    assert not list((ROOT / "benchmarks").glob("kernels.py"))
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", ["lightning_itk", "kernels", "benchmarks"])
+def test_files_stay_short(folder):
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / folder).glob("*.py")}
+    assert not {name: length for name, length in lengths.items() if length > 360}
+
+
+def test_importing_the_package_loads_no_kernel_and_uses_no_network():
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise OSError('network at import')\n"
+        "socket.socket.connect = refuse\n"
+        "import lightning_itk as itk\n"
+        "assert not [m for m in sys.modules if m.startswith('lightning_itk.kernels.')]\n"
+        "print(sorted(n for n in itk.__all__))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for name in ("SFTModule", "KDModule", "DAEModule", "InstructionModule", "InstructionDataModule", "Teacher"):
+        assert name in done.stdout
+
+
+def test_nothing_is_unpickled():
+    """Checkpoints load with weights_only=True; nothing else is read with pickle."""
+    for path in [*PACKAGE.glob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        text = path.read_text()
+        assert "import pickle" not in text, path
+        assert "weights_only=False" not in text, path
+        assert "trust_remote_code=True" not in text, path
+
+
+def test_the_readme_snippet_runs(tmp_path, monkeypatch, model_folder):
+    text = (ROOT / "README.md").read_text()
+    snippet = text.split("<!-- subclass -->")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_kd.py").write_text(snippet)
+    import importlib
+
+    import torch
+    from tiny import ragged_samples
+
+    from lightning_itk import batch as b
+
+    module = importlib.import_module("my_kd").EntropyKD(model_folder("llama", 0), teacher=model_folder("llama", 1))
+    terms = module.losses(b.pad(ragged_samples(4), pad_id=0))
+    assert set(terms) == {"distillation", "kl", "ce", "entropy"}
+    assert terms["entropy"].total > 0
+    sum(term.weight * term.total for term in terms.values()).backward()
+    assert torch.isfinite(module.student.lm_head.weight.grad).all()
