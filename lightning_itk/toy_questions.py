@@ -11,6 +11,7 @@ Split = Literal["train", "test"]
 DOMAINS: tuple[Domain, ...] = ("general", "shop")
 
 _HELD_OUT = 6  # one combination in so many is held out
+_PATIENCE = 20_000  # draws without anything new before a domain counts as exhausted
 
 
 class Product(NamedTuple):
@@ -229,12 +230,13 @@ def make_questions(domain: Domain, split: Split = "train", n: int = 1000, seed: 
     rng = random.Random(f"{domain} {split} {seed}")
     makers, shares = zip(*_MAKERS[domain].items(), strict=True)
     found: dict[tuple[str, str], Question] = {}
-    for _ in range(100 * n + 1000):
-        if len(found) == n:
-            break
+    misses = 0
+    while len(found) < n:
         question = rng.choices(makers, shares)[0](rng)
+        before = len(found)
         if held_out(question) == (split == "test"):
             found.setdefault((question.instruction, question.context), question)
-    if len(found) < n:
-        raise ValueError(f"{domain} has only about {len(found)} different {split} questions, {n} were asked for")
+        misses = 0 if len(found) > before else misses + 1
+        if misses == _PATIENCE:
+            raise ValueError(f"{domain} has only about {len(found)} different {split} questions, {n} were asked for")
     return list(found.values())
