@@ -85,9 +85,11 @@ def as_sources(given: Any) -> list[Source]:
             try:
                 item = Source(**item)
             except TypeError as error:
-                raise DataError(f"a source is {{path, teacher, weight, columns, split}}: {error}") from None
+                reason = str(error).removeprefix("Source.__init__() ")
+                raise DataError(f"a source is {{path, teacher, weight, columns, split}}: {reason}") from None
         elif not isinstance(item, Source):
             raise DataError(f"a source is {type(item).__name__}, expected a path or {{path, teacher, weight, …}}")
+        item.check()
         sources.append(item)
     return sources
 
