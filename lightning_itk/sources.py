@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -68,8 +68,12 @@ class Source:
         return path
 
 
-# A dict that is no Source gets our one-line error instead of a parser's.
-Sources = str | Source | dict[str, Any] | list[str | Source | dict[str, Any]]
+if TYPE_CHECKING:
+    Sources = str | Source | dict[str, Any] | list[str | Source | dict[str, Any]]
+else:
+    # A command-line parser that sees lists and dataclasses here would open a .json file itself, as a part of the
+    # configuration; and what is no Source gets our one-line error instead of the parser's.
+    Sources = Any
 
 
 def as_sources(given: Any) -> list[Source]:
