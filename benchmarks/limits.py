@@ -1,0 +1,84 @@
+"""How far it goes: the most tokens and the longest sequence whose loss and gradients fit into memory."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import attention_kl
+import linear_kl
+import torch
+from measure import Problem, Provider, Settings, Unavailable, call, visible_memory
+from memory import peak_mib
+
+CPU_MIB = 256  # a CPU run stops here instead of filling the machine
+
+
+def tokens(count: int, settings: Settings) -> Problem:
+    hidden, teacher, vocab = (2048, 4096, 128256) if settings.device == "cuda" else (64, 96, 8192)
+    shape = linear_kl.Shape(count, hidden, teacher, vocab)
+    return linear_kl.problem(shape, _dtype(settings), settings.device)
+
+
+def length(count: int, settings: Settings) -> Problem:
+    size = (32, 4, 128, 128) if settings.device == "cuda" else (2, 2, 32, 32)
+    return attention_kl.problem(attention_kl.Shape(1, count, *size), _dtype(settings), settings.device)
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    return torch.bfloat16 if settings.device == "cuda" else torch.float32
+
+
+def run(settings: Settings) -> None:
+    subjects = {
+        "linear_kl": (tokens, linear_kl.providers(settings), 1024, "tokens"),
+        "attention_kl": (length, attention_kl.providers(settings), 1024, "length"),
+    }
+    for subject, (make, providers, first, unit) in subjects.items():
+        for name, build in providers.items():
+            row = {"subject": "limits", "provider": name, "shape": {"subject": subject, "unit": unit}}
+            if not visible_memory(name, settings.device) or name.startswith(("torch.compile", "liger chunked")):
+                reason = "a new shape at every step would only time the compiler"
+                settings.add(**row, status="not available", reason=reason)
+                continue
+            _climb(row, partial(make, settings=settings), build, 64 if settings.tiny else first, settings)
+
+
+def _climb(
+    row: dict[str, Any], make: Callable[[int], Problem], build: Provider, first: int, settings: Settings
+) -> None:
+    """Double the size until memory, time or patience ends; the row holds the last size that fitted."""
+    cap, seconds = (2 * first, 5.0) if settings.tiny else (2**20, 3.0 if settings.device == "cuda" else 10.0)
+    size, fitted, peak, stopped = first, 0, 0.0, "cap"
+    while size <= cap:
+        problem = inputs = step = None
+        try:
+            problem = make(size)
+            loss = build(problem)
+            inputs = problem.make(0, False)
+            step = call(loss, inputs, problem, "forward+backward")
+            start = time.monotonic()
+            mib = peak_mib(step, settings.device)
+            taken = time.monotonic() - start
+        except (Unavailable, ImportError) as error:
+            settings.add(**row, status="not available", reason=str(error))
+            return
+        except torch.OutOfMemoryError:
+            stopped = "out of memory"
+            break
+        except Exception as error:  # a peer's own limit
+            stopped = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            break
+        finally:
+            del problem, inputs, step
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()
+        if settings.device == "cpu" and mib > CPU_MIB:
+            stopped = f"more than {CPU_MIB} MiB"
+            break
+        fitted, peak = size, mib
+        if taken > seconds or settings.over:
+            stopped = "time"
+            break
+        size *= 2
+    settings.add(**row, status="ok", largest=fitted, memory_mib=peak, stopped=stopped)
