@@ -5,11 +5,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lightning_itk.chat import ensure_chat_template
 from lightning_itk.chosen import column_value, scan, text_to_embed, write_chosen
 from lightning_itk.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
+from lightning_itk.data import read_template
+from lightning_itk.generation import Generator, prompts_fingerprint, read_prompts
+from lightning_itk.generation import generate as write_responses
+from lightning_itk.loading import DType, load_causal_lm, load_tokenizer
 from lightning_itk.records import DataError
 from lightning_itk.scores import Scores, check_records, read_meta, read_scores
 from lightning_itk.selection import Metric, Order, describe, sample_scores
@@ -84,6 +91,93 @@ def select(
         Path(output).with_suffix(".png"), values, recorded.tokens, chosen, metric=ranked, groups=groups, group_kind=kind
     )
     console.print(f"picture {picture}", soft_wrap=True, highlight=False)
+
+
+def generate(
+    model: str,
+    prompts: Sources,
+    output: str,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: DType = "auto",
+    limit: int | None = None,
+    teacher: str | None = None,
+    chat_template: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a model's responses to prompts: training data, or a candidate teacher for `choose-teacher`.
+
+    A run that is killed continues where it stopped when it is started again with the same settings.
+
+    Args:
+        model: Folder or hub name of the model, with its tokenizer.
+        prompts: File or hub name of the prompts; responses in it are ignored.
+        output: JSON Lines file to write: the prompts' columns, response, teacher, and whether the model ended it.
+        max_new_tokens: Longest response.
+        batch_size: Prompts at once, of similar length.
+        temperature: 0 takes the likeliest token each time; 1 draws from the model's own distribution.
+        seed: Of drawing.
+        dtype: Precision of the weights; auto keeps the model's.
+        limit: Answer only so many prompts, the first; null = all.
+        teacher: Tag of the records; null = the name of the model.
+        chat_template: A Jinja chat template or a file that holds one; null = the tokenizer's, else the Alpaca prompt.
+        device: Where to run; auto = a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size and limit must be at least 1, found {batch_size} and {limit}")
+    sources, console = as_sources(prompts), Console()
+    if len(sources) != 1:
+        raise ValueError(f"prompts names {len(sources)} files, expected one")
+    if Path(output).exists():
+        raise ValueError(f"{output}: exists already, remove it or name another file")
+    found = read_prompts(sources[0], limit)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    ensure_chat_template(tokenizer, read_template(chat_template))
+    loaded = load_causal_lm(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded.to(_device(device))  # type: ignore[arg-type]
+    drawing = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens}
+    generator = Generator(loaded, tokenizer, **drawing)  # type: ignore[arg-type]
+    name = teacher or Path(model).name
+    settings: dict[str, Any] = drawing | {
+        "model": model,
+        "dtype": str(loaded.dtype),
+        "batch_size": batch_size,
+        "prompts": prompts_fingerprint(found),
+        "template": generator.encoder.fingerprint(),
+        "teacher": name,
+    }
+    columns = [SpinnerColumn(), TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(found))
+        records = write_responses(
+            generator,
+            sources[0],
+            found,
+            output,
+            settings,
+            teacher=name,
+            batch_size=batch_size,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    texts = [record["response"] if "response" in record else record["messages"][-1]["content"] for record in records]
+    cut = sum(not record["finished"] for record in records)
+    empty = sum(not text.strip() for text in texts)
+    console.print(f"wrote {len(records):,} responses to {output}", soft_wrap=True, highlight=False)
+    if cut or empty:
+        console.print(f"{cut:,} were cut off at max_new_tokens={max_new_tokens}, {empty:,} are empty", soft_wrap=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _clustered(

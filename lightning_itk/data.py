@@ -28,7 +28,7 @@ class InstructionDataModule(L.LightningDataModule):
     else. The tokens are cached on disk; samples without a learned token left after truncation are dropped and counted.
 
     Args:
-        train: A file or hub name, or several; each may be {path, teacher, weight, columns, split}.
+        train: A file or hub name, or several; each may be {path, teacher, weight, columns, split} (or a `Source`).
         validation: A share of the training samples (0 = none), or files like `train`.
         test: Files like `train` for the test loop; null = the validation samples.
         predict: Files of prompts for the predict loop; responses in them are ignored.
@@ -86,7 +86,7 @@ class InstructionDataModule(L.LightningDataModule):
         self.shuffle, self.packing, self.seed = shuffle, packing, seed
         self.subset = Subset(**subset) if isinstance(subset, dict) else subset
         self.num_workers, self.num_proc, self.cache_dir = num_workers, num_proc, cache_dir
-        self._tokenizer, self._chat_template = tokenizer, _template(chat_template)
+        self._tokenizer, self._chat_template = tokenizer, read_template(chat_template)
         self._encoder: ChatEncoder | None = None
         self._sets: dict[str, SampleSet] = {}
         self._train_loader: ResumableLoader | None = None
@@ -286,7 +286,8 @@ class InstructionDataModule(L.LightningDataModule):
         )
 
 
-def _template(given: str | None) -> str | None:
+def read_template(given: str | None) -> str | None:
+    """The Jinja chat template that is given, itself or as the name of a file."""
     if given is None or "{" in given or "\n" in given:
         return given
     try:

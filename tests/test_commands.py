@@ -144,3 +144,41 @@ def test_select_refuses(scored, capsys):
     assert "other.jsonl line 1: field 'response' is a number" in refused(capsys, *select(scored, "--data", other))
     assert not (scored / "out").exists()
     assert len(lines(scored / "data.jsonl")) == 40
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(5)))
+    return tmp_path
+
+
+def generate(model: str, folder: Path, *more: str) -> list[str]:
+    return ["generate", "--model", model, "--prompts", f"{folder}/prompts.jsonl", "--output", f"{folder}/out.jsonl",
+            "--max_new_tokens", "4", "--batch_size", "2", "--device", "cpu", *map(str, more)]  # fmt: skip
+
+
+def test_generate(model_folder, prompts, capsys):
+    model = model_folder("llama", 3, initializer_range=0.5)
+    assert cli.main(generate(model, prompts, "--limit", "3", "--teacher", "big")) == 0
+    made = lines(prompts / "out.jsonl")
+    assert [r["prompt"] for r in made] == ["p0", "p1", "p2"]
+    assert {r["teacher"] for r in made} == {"big"}
+    assert "wrote 3 responses" in capsys.readouterr().out
+
+
+def test_generate_refuses(model_folder, prompts, capsys):
+    model = model_folder("llama", 3, initializer_range=0.5)
+    assert "'none/x/y' does not exist" in refused(capsys, *generate("none/x/y", prompts))
+    assert "no such file" in refused(capsys, *generate(model, prompts, "--prompts", "none.jsonl"))
+    assert "limit must be at least 1" in refused(capsys, *generate(model, prompts, "--limit", 0))
+    assert "temperature" in refused(capsys, *generate(model, prompts, "--temperature", -1))
+    assert "more than the 128 positions" in refused(capsys, *generate(model, prompts, "--max_new_tokens", 127))
+    assert "device 'abacus' cannot be used" in refused(capsys, *generate(model, prompts, "--device", "abacus"))
+    assert "neither a Jinja template nor" in refused(capsys, *generate(model, prompts, "--chat_template", "none.jinja"))
+    (prompts / "out.jsonl.partial").write_text('{"model": "another"}\n')
+    assert "was begun with batch_size None, now it is 2" in refused(capsys, *generate(model, prompts))
+    (prompts / "out.jsonl").write_text("")
+    assert "out.jsonl: exists already" in refused(capsys, *generate(model, prompts))
+    (prompts / "prompts.jsonl").write_text('{"response": "a"}\n')
+    (prompts / "out.jsonl").unlink()
+    assert "prompts.jsonl line 1: no prompt" in refused(capsys, *generate(model, prompts))
