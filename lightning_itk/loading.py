@@ -47,7 +47,7 @@ def load_causal_lm(
     Raises:
         ValueError: a folder that does not exist or holds no complete model; one line that says what is missing.
     """
-    _check_folder(name)
+    check_folder(name)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             name,
@@ -58,7 +58,7 @@ def load_causal_lm(
             **(model_kwargs or {}),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     model, info = cast(tuple[PreTrainedModel, dict], loaded)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
@@ -86,16 +86,16 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> torch.nn.Module:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise ValueError(f"LoRA cannot be added to {type(model).__name__}: {_first_line(error)}") from error
+        raise ValueError(f"LoRA cannot be added to {type(model).__name__}: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """`AutoTokenizer.from_pretrained` with a one-line error."""
-    _check_folder(name)
+    check_folder(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise ValueError(f"no tokenizer can be loaded from {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
 
 
 def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
@@ -119,12 +119,14 @@ def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> 
     return None
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Refuse what looks like a folder and does not exist, before it is taken for a hub name."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().exists():
         raise ValueError(f"folder {name!r} does not exist")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
