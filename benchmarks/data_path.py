@@ -1,0 +1,309 @@
+"""From records to batches on the CPU: tokenizing, packing, loading, choosing and scoring, each beside a rival."""
+
+import gzip
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import Settings, failures_as_rows, quantiles
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training_step import TINY, build
+from transformers import PreTrainedTokenizerFast
+
+import lightning_itk as itk
+from lightning_itk.batch import count_targets, model_inputs, real_tokens
+from lightning_itk.cache import tokenize
+from lightning_itk.chat import ChatEncoder
+from lightning_itk.packing import best_fit
+from lightning_itk.recorder import sample_tokens
+from lightning_itk.selection import sample_scores, select
+from lightning_itk.sources import Source, parse_chunk, read_chunks
+from lightning_itk.toy import make_records
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _records(folder: Path, count: int) -> tuple[str, str]:
+    """A file of records and what it is: Dolly where the real data are, made-up ones elsewhere."""
+    real = Path(os.environ.get("ITK_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data") / "dolly-15k.jsonl.gz"
+    path = folder / "records.jsonl"
+    if real.exists() and count > 200:
+        with gzip.open(real, "rt") as lines:
+            path.write_text("".join(itertools.islice(lines, count)))
+        return str(path), "databricks-dolly-15k"
+    path.write_text("\n".join(json.dumps(record) for record in make_records("general", n=count)))
+    return str(path), "made up (toy world)"
+
+
+def _tokenizer(path: str, vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learned on the records themselves."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train([path], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+class Bench:
+    """Rows of one place of the data path: how many units a second, by whom."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.repeats = 1 if settings.tiny else 5
+
+    def rate(self, what: str, provider: str, unit: str, action: Callable[[], float], **shape: Any) -> None:
+        """`action` returns how many units it did, or (units, more columns)."""
+        row = {
+            "subject": "data_path",
+            "provider": provider,
+            "mode": what,
+            "dtype": None,
+            "shape": {"what": what, **shape},
+        }
+        if self.settings.over:
+            self.settings.add(**row, status="skipped", reason="time budget")
+            return
+        with failures_as_rows(self.settings, row):
+            times, extra = [], {}
+            if not self.settings.tiny:
+                action()  # imports and file caches
+            for _ in range(self.repeats):
+                start = time.perf_counter()
+                result: Any = action()
+                times.append(1e3 * (time.perf_counter() - start))
+                units, extra = result if isinstance(result, tuple) else (result, {})
+            found = quantiles(sorted(times))
+            self.settings.add(**row, status="ok", **found, rate=1e3 * units / found["ms"], unit=f"{unit}/s", **extra)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    import logging
+
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        enable_progress_bar()
+
+
+def tokenization(bench: Bench, path: str, data: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+    encoder, source = ChatEncoder(tokenizer), Source(path)
+    conversations = [
+        r.messages for chunk in read_chunks(source) for r in parse_chunk(chunk, source, need_response=True)
+    ]
+    texts = [text for text, _ in encoder.render(conversations)]
+    shape = {"data": data, "records": len(texts)}
+
+    def bare() -> float:
+        return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    def template() -> float:
+        return sum(len(tokenizer.apply_chat_template(c, tokenize=True)["input_ids"]) for c in conversations)
+
+    def whole(num_proc: int | None) -> float:
+        with tempfile.TemporaryDirectory() as cache:
+            made = tokenize(source, encoder, max_length, cache_dir=cache, num_proc=num_proc, progress=False)
+            return float(made.summary.tokens)
+
+    threads = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for everybody
+    bench.rate("tokenize", "bare tokenizer on finished texts", "tokens", bare, **shape)
+    bench.rate("tokenize", "apply_chat_template, record by record", "tokens", template, **shape)
+    bench.rate("tokenize", "lightning_itk, one process", "tokens", lambda: whole(1), **shape)
+    bench.rate("tokenize", "lightning_itk, all cores", "tokens", lambda: whole(None), **shape)
+    os.environ.pop("TOKENIZERS_PARALLELISM")
+    if threads is not None:
+        os.environ["TOKENIZERS_PARALLELISM"] = threads
+
+
+def packing(bench: Bench, count: int, max_length: int) -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.5, 0.8, count).astype(np.int64), 8, max_length)
+    shape = {"samples": count, "row": max_length}
+
+    def filled(rows: int) -> tuple[float, dict[str, float]]:
+        return count, {"fill": lengths.sum() / (rows * max_length)}
+
+    def first_fit() -> tuple[float, dict[str, float]]:
+        rooms = np.full(count, max_length)
+        rows = 0
+        for length in lengths:
+            row = int(np.argmax(rooms[: rows + 1] >= length))
+            rows = max(rows, row + 1)
+            rooms[row] -= length
+        return filled(rows)
+
+    def in_order() -> tuple[float, dict[str, float]]:
+        room, rows = 0, 0
+        for length in lengths.tolist():
+            if length > room:
+                room, rows = max_length, rows + 1
+            room -= length
+        return filled(rows)
+
+    def trl_rows() -> Any:
+        from datasets import Dataset
+
+        offsets = np.cumsum([0, *lengths])
+        ids = np.zeros(offsets[-1], np.int64)
+        return Dataset.from_dict({"input_ids": [ids[a:b] for a, b in itertools.pairwise(offsets)]})
+
+    rows = trl_rows()
+
+    def trl() -> tuple[float, dict[str, float]]:
+        from trl import pack_dataset
+
+        packed = pack_dataset(rows, max_length, strategy="bfd", map_kwargs={"batch_size": count})
+        return filled(len(packed))
+
+    bench.rate(
+        "pack", "lightning_itk best fit", "samples", lambda: filled(len(best_fit(lengths, max_length)[1]) - 1), **shape
+    )
+    bench.rate("pack", "TRL bfd (moves the tokens too)", "samples", trl, **shape)
+    bench.rate("pack", "first fit", "samples", first_fit, **shape)
+    bench.rate("pack", "in order, no search", "samples", in_order, **shape)
+
+
+def loading(
+    bench: Bench, path: str, data: str, tokenizer: PreTrainedTokenizerFast, max_length: int, cache: str
+) -> None:
+    for packed in (False, True):
+        module = itk.InstructionDataModule(
+            path,
+            0.0,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=8,
+            packing=packed,
+            num_proc=1,
+            cache_dir=cache,
+        )
+        module.prepare_data()
+        module.setup("fit")
+
+        def through(module: Any = module) -> tuple[float, dict[str, float]]:
+            tokens = slots = 0
+            for batch in module.train_dataloader():
+                tokens += int(real_tokens(batch).sum())
+                slots += batch["input_ids"].numel()
+            return float(tokens), {"fill": tokens / slots}
+
+        name = "lightning_itk, packed" if packed else "lightning_itk, padded"
+        bench.rate("load", name, "tokens", through, data=data)
+    samples = module.train_dataloader().samples
+    rows = [
+        {"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()}
+        for sample in samples[np.arange(len(samples))]
+    ]
+
+    def plain() -> tuple[float, dict[str, float]]:
+        from transformers import DataCollatorForSeq2Seq
+
+        loader = torch.utils.data.DataLoader(
+            rows,
+            batch_size=8,
+            shuffle=True,
+            collate_fn=DataCollatorForSeq2Seq(tokenizer),  # type: ignore[arg-type]
+        )
+        tokens = slots = 0
+        for batch in loader:
+            tokens += int(batch["attention_mask"].sum())
+            slots += batch["input_ids"].numel()
+        return float(tokens), {"fill": tokens / slots}
+
+    bench.rate("load", "DataLoader with transformers' collator, lists in memory", "tokens", plain, data=data)
+
+
+def choosing(bench: Bench, rows: int) -> None:
+    rng = np.random.default_rng(0)
+    losses, tokens = rng.random((2, rows), dtype=np.float32), rng.integers(1, 512, rows, dtype=np.int32)
+    clusters = rng.integers(0, 300, rows, dtype=np.int32)
+
+    def score_and_select(groups: Any) -> float:
+        select(sample_scores("lp_app", losses, tokens), 0.1, clusters=groups)
+        return float(rows)
+
+    def sort_all() -> float:  # what a notebook does
+        np.argsort((losses[0] - losses[1]) / losses[0])[: rows // 10]
+        return float(rows)
+
+    bench.rate("select", "lightning_itk", "rows", lambda: score_and_select(None), rows=rows)
+    bench.rate("select", "lightning_itk, 300 clusters", "rows", lambda: score_and_select(clusters), rows=rows)
+    bench.rate("select", "numpy argsort, no checks", "rows", sort_all, rows=rows)
+
+
+def scoring(
+    bench: Bench, path: str, data: str, tokenizer: PreTrainedTokenizerFast, max_length: int, cache: str
+) -> None:
+    size = TINY._replace(vocab=len(tokenizer), length=max_length)
+    module = itk.SFTModule(build(size, "student", Settings(device="cpu")))
+    data_module = itk.InstructionDataModule(
+        path, 0.0, tokenizer=tokenizer, max_length=max_length, batch_size=8, num_proc=1, cache_dir=cache
+    )
+    data_module.prepare_data()
+    data_module.setup("fit")
+    batches = list(itertools.islice(data_module.scoring_dataloader(), 2 if bench.settings.tiny else 8))
+    module.eval()
+
+    @torch.no_grad()
+    def ours() -> float:
+        for batch in batches:
+            sample_tokens(module, batch)
+        return sum(float(real_tokens(batch).sum()) for batch in batches)
+
+    @torch.no_grad()
+    def bare() -> float:
+        for batch in batches:
+            module.student.model(**model_inputs(batch))
+        return sum(float(real_tokens(batch).sum()) for batch in batches)
+
+    @torch.no_grad()
+    def eager() -> float:
+        for batch in batches:
+            assert count_targets(batch)
+            logits = module.student(**model_inputs(batch)).logits[:, :-1].float()
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+        return sum(float(real_tokens(batch).sum()) for batch in batches)
+
+    shape = {"data": data, "hidden": size.student["hidden_size"], "layers": size.student["num_hidden_layers"]}
+    shape["vocab"] = size.vocab
+    bench.rate("score", "bare forward, no head", "tokens", bare, **shape)
+    bench.rate("score", "lightning_itk", "tokens", ours, **shape)
+    bench.rate("score", "eager: all logits, cross-entropy", "tokens", eager, **shape)
+
+
+def run(settings: Settings) -> None:
+    bench = Bench(settings)
+    count, vocab, max_length = (40, 400, 256) if settings.tiny else (3000, 8000, 1024)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path, data = _records(Path(folder), count)
+        tokenizer = _tokenizer(path, vocab)
+        tokenization(bench, path, data, tokenizer, max_length)
+        packing(bench, 200 if settings.tiny else 20_000, 2048)
+        loading(bench, path, data, tokenizer, max_length, folder)
+        choosing(bench, 2000 if settings.tiny else 1_000_000)
+        scoring(bench, path, data, tokenizer, max_length, folder)

@@ -1,0 +1,105 @@
+"""Run the benchmarks and write one JSON line per result.
+
+    python benchmarks/run.py --cpu      what a CPU can say (minutes)
+    python benchmarks/run.py --full     everything, on a GPU, inside --budget seconds
+    python benchmarks/run.py --tiny     every line of code once, no meaning in the numbers (seconds)
+
+Subjects run in order of importance; each may use its share of what is left of the budget, and what does not fit becomes
+a row that says "skipped".
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from machine import describe
+from measure import Settings, failures_as_rows
+
+SUBJECTS = {  # name -> weight in the budget, in order of importance
+    "accuracy": 1,
+    "linear_kl": 5,
+    "attention_kl": 5,
+    "training_step": 5,
+    "linear_ce": 2,
+    "kl_logits": 2,
+    "limits": 2,
+    "data_path": 2,
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def show(row: dict) -> None:
+    """One line per result on the terminal."""
+    shape = "x".join(str(v) for v in row["shape"].values() if v is not None) if row.get("shape") else ""
+    parts = [f"{row['subject']:20} {shape[:44]:44} {row['provider'][:34]:34} {row.get('mode', '')[:16]:16}"]
+    if row["status"] != "ok":
+        parts.append(f"{row['status']}: {row.get('reason', '')[:80]}")
+    for name, form in (
+        ("ms", "{:9.2f} ms"),
+        ("memory_mib", "{:8.1f} MiB"),
+        ("percent_of_floor", "{:5.1f} % of floor"),
+        ("gradient_error", "gradient error {:.1e}"),
+        ("kl", "at {:.1e}"),
+        ("rate", "{:.3g}"),
+        ("unit", "{}"),
+        ("largest", "{}"),
+        ("stopped", "until {}"),
+    ):
+        if row["status"] == "ok" and row.get(name) is not None:
+            parts.append(form.format(row[name]))
+    print(" ".join(parts), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="all shapes, on a GPU")
+    size.add_argument("--cpu", action="store_true", help="what a CPU can say")
+    size.add_argument("--tiny", action="store_true", help="every line of code once")
+    parser.add_argument("--budget", type=float, help="seconds in all (default: 420 with --full, 900 with --cpu)")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    options = parser.parse_args(arguments)
+    if options.full and not torch.cuda.is_available():
+        parser.exit(1, "run.py: --full needs a GPU that torch can use; --cpu runs what a CPU can say\n")
+    device = "cuda" if options.full else "cpu"
+    budget = options.budget or (420 if options.full else 900)
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", describe(device)["device"].lower()).strip("-")
+    kind = "tiny" if options.tiny else device
+    path = options.output / f"{datetime.date.today()}-{name}-{kind}.jsonl"
+    start = time.monotonic()
+    with path.open("w") as file:
+
+        def emit(row: dict) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            show(row)
+
+        settings = Settings(device=device, tiny=options.tiny, emit=emit)
+        if options.tiny:
+            settings.samples, settings.warmup = 1, 0
+        wanted = [subject for subject in SUBJECTS if subject in options.only]
+        for number, subject in enumerate(wanted):
+            left = budget - (time.monotonic() - start)
+            weights = [SUBJECTS[later] for later in wanted[number:]]
+            settings.deadline = time.monotonic() + left * weights[0] / sum(weights)
+            with failures_as_rows(settings, {"subject": subject, "provider": "*", "mode": "*", "shape": {}}):
+                importlib.import_module(subject).run(settings)
+    print(f"{path}: {len(settings.rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return path
+
+
+if __name__ == "__main__":
+    main()
