@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .attention_kernels import EMPTY, attention_dk_kernel, attention_dq_kernel, attention_forward_kernel
-from .launch import INTERPRET, LOG2E, Tile, architecture, attention_tile, guard, precision, require
+from .launch import INTERPRET, LOG2E, Tile, architecture, attention_tile, guard, require
 
 
 def attention_kl(
@@ -167,9 +167,11 @@ class Problem(NamedTuple):
     fixed: bool
 
     def tile(self, kernel: str) -> Tile:
-        dim = max(_padded(self.q_s.shape[-1]), _padded(self.q_t.shape[-1]))
+        dims = (self.q_s.shape[-1], self.q_t.shape[-1])
         itemsize = max(self.q_s.element_size(), self.q_t.element_size())
-        return attention_tile(architecture(self.q_s.device), kernel, dim, itemsize)
+        one_to_one = self.head_map.shape[1] == 1 and self.fixed
+        plain = one_to_one and not (self.cap_s or self.cap_t) and all(d == _padded(d) for d in dims)
+        return attention_tile(architecture(self.q_s.device), kernel, max(map(_padded, dims)), itemsize, plain)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Inputs and masks; a disabled mask is a pointer that no kernel reads."""
@@ -191,7 +193,6 @@ class Problem(NamedTuple):
         return (*strides, self.q_s.shape[2], self.window, self.scale_s, self.scale_t, *caps, to_log2)
 
     def options(self, tile: Tile) -> dict[str, object]:
-        arch = architecture(self.q_s.device)
         ds, dt = self.q_s.shape[-1], self.q_t.shape[-1]
         return {
             "G": self.head_map.shape[1],
@@ -209,8 +210,6 @@ class Problem(NamedTuple):
             "CAP_S": bool(self.cap_s),
             "CAP_T": bool(self.cap_t),
             "REVERSE": self.reverse,
-            "PRECISION_S": precision(arch, self.q_s.dtype),
-            "PRECISION_T": precision(arch, self.q_t.dtype),
             "UPCAST": INTERPRET,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,

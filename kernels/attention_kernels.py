@@ -29,9 +29,9 @@ def load_tile(ptr, rows, stride, S, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUN
 
 
 @triton.jit
-def scores(a, b, scale, to_log2, cap, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def scores(a, b, scale, to_log2, cap, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr):
     """softcap(scale · a @ b.T) · to_log2 as fp32 [len(a), len(b)]."""
-    x = dot(a, b.T, tl.zeros([a.shape[0], b.shape[0]], tl.float32), PRECISION, UPCAST)
+    x = dot(a, b.T, tl.zeros([a.shape[0], b.shape[0]], tl.float32), "ieee", UPCAST)
     if HAS_CAP:
         return soft_cap(x * scale, cap) * to_log2
     return x * (scale * to_log2)
@@ -145,8 +145,6 @@ def attention_forward_kernel(
     CAP_S: tl.constexpr,
     CAP_T: tl.constexpr,
     REVERSE: tl.constexpr,
-    PRECISION_S: tl.constexpr,
-    PRECISION_T: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,9 +184,9 @@ def attention_forward_kernel(
     for n in range(lo, full, BLOCK_N):
         j = n + tl.arange(0, BLOCK_N)
         k_s = load_tile(ks_ptr, j, ks_s, S, DS, BLOCK_DS, False)
-        x_s = scores(q_s, k_s, scale_s, to_log2, cap_s, CAP_S, PRECISION_S, UPCAST)
+        x_s = scores(q_s, k_s, scale_s, to_log2, cap_s, CAP_S, UPCAST)
         k_t = load_tile(kt_ptr, j, kt_s, S, DT, BLOCK_DT, False)
-        x_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST)
+        x_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, UPCAST)
         m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, REVERSE)
     for n in range(full, hi, BLOCK_N):
         j = n + tl.arange(0, BLOCK_N)
@@ -200,9 +198,9 @@ def attention_forward_kernel(
             CAUSAL, WINDOW, SEGMENTS, KEY_MASK,
         )  # fmt: skip
         k_s = load_tile(ks_ptr, j, ks_s, S, DS, BLOCK_DS, True)
-        x_s = scores(q_s, k_s, scale_s, to_log2, cap_s, CAP_S, PRECISION_S, UPCAST)
+        x_s = scores(q_s, k_s, scale_s, to_log2, cap_s, CAP_S, UPCAST)
         k_t = load_tile(kt_ptr, j, kt_s, S, DT, BLOCK_DT, True)
-        x_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST)
+        x_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, UPCAST)
         x_s = tl.where(seen, x_s, HIDDEN)
         x_t = tl.where(seen, x_t, HIDDEN)
         m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, REVERSE)
@@ -289,8 +287,6 @@ def attention_dq_kernel(
     CAP_T: tl.constexpr,
     REVERSE: tl.constexpr,
     EMIT: tl.constexpr,  # also write the rows' KL: the log-sum-exps came from the caller and no forward ran
-    PRECISION_S: tl.constexpr,
-    PRECISION_T: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -344,7 +340,7 @@ def attention_dq_kernel(
         for n in range(begin, end, BLOCK_N):
             j = n + tl.arange(0, BLOCK_N)
             k_s = load_tile(ks_ptr, j, ks_s, S, DS, BLOCK_DS, MASKED == 1)
-            x_s = scores(q_s, k_s, scale_s, to_log2, cap_s, CAP_S, PRECISION_S, UPCAST)
+            x_s = scores(q_s, k_s, scale_s, to_log2, cap_s, CAP_S, UPCAST)
             if MASKED == 1:
                 keys = j
                 if KEY_MASK:
@@ -355,7 +351,7 @@ def attention_dq_kernel(
                 )  # fmt: skip
             if G == 1:
                 k_t = load_tile(kt_ptr, j, kt_s, S, DT, BLOCK_DT, MASKED == 1)
-                lp_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[:, None]
+                lp_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, UPCAST) - lse_t[:, None]
                 total = teacher_part(lp_t, REVERSE)
                 if EMIT:
                     term = total * (lp_t - x_s + lse_s[:, None])
@@ -369,7 +365,7 @@ def attention_dq_kernel(
                     q_t = load_tile(qt_ptr + ht.to(tl.int64) * qt_h, i, qt_s, S, DT, BLOCK_DT, True)
                     k_t = load_tile(kt_ptr + (ht // QT).to(tl.int64) * kt_h, j, kt_s, S, DT, BLOCK_DT, MASKED == 1)
                     lse_t = tl.load(lse_t_ptr + g * S + i, mask=i < S, other=EMPTY)
-                    lp_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[:, None]
+                    lp_t = scores(q_t, k_t, scale_t, to_log2, cap_t, CAP_T, UPCAST) - lse_t[:, None]
                     part = teacher_part(lp_t, REVERSE)
                     total += part
                     if EMIT:
@@ -380,7 +376,7 @@ def attention_dq_kernel(
             ds = dscores(x_s, lse_s[:, None], total, rows_kl[:, None], to_log2, cap_s, G, CAP_S, REVERSE)
             if MASKED == 1:
                 ds = tl.where(seen, ds, 0.0)
-            dq = dot((ds * unit).to(k_s.dtype), k_s, dq, PRECISION_S, UPCAST)
+            dq = dot((ds * unit).to(k_s.dtype), k_s, dq, "ieee", UPCAST)
 
     upstream = 1.0
     if EMIT:
@@ -433,8 +429,6 @@ def attention_dk_kernel(
     CAP_T: tl.constexpr,
     REVERSE: tl.constexpr,
     FIXED: tl.constexpr,  # all query heads of this key head answer to one teacher key head: its keys are read once
-    PRECISION_S: tl.constexpr,
-    PRECISION_T: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -494,14 +488,14 @@ def attention_dk_kernel(
         if SEGMENTS:
             starts = tl.load(starts_ptr + b * S + i, mask=i < S, other=0)
             ends = tl.load(ends_ptr + b * S + i, mask=i < S, other=0)
-        x_s = scores(k_s, q_s, scale_s, to_log2, cap_s, CAP_S, PRECISION_S, UPCAST)
+        x_s = scores(k_s, q_s, scale_s, to_log2, cap_s, CAP_S, UPCAST)
         if G == 1:
             ht = tl.load(head_map_ptr + h)
             q_t = load_tile(qt_ptr + ht.to(tl.int64) * qt_h, i, qt_s, S, DT, BLOCK_DT, True)
             lse_t = tl.load(lse_t_ptr + row_at, mask=i < S, other=EMPTY)
             if not FIXED:
                 k_t = load_tile(kt_ptr + (ht // QT).to(tl.int64) * kt_h, j, kt_s, S, DT, BLOCK_DT, True)
-            lp_t = scores(k_t, q_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[None, :]
+            lp_t = scores(k_t, q_t, scale_t, to_log2, cap_t, CAP_T, UPCAST) - lse_t[None, :]
             total = teacher_part(lp_t, REVERSE)
         else:
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -510,7 +504,7 @@ def attention_dk_kernel(
                 q_t = load_tile(qt_ptr + ht.to(tl.int64) * qt_h, i, qt_s, S, DT, BLOCK_DT, True)
                 lse_t = tl.load(lse_t_ptr + ((b * heads + h) * G + g) * S + i, mask=i < S, other=EMPTY)
                 k_t = load_tile(kt_ptr + (ht // QT).to(tl.int64) * kt_h, j, kt_s, S, DT, BLOCK_DT, True)
-                lp_t = scores(k_t, q_t, scale_t, to_log2, cap_t, CAP_T, PRECISION_T, UPCAST) - lse_t[None, :]
+                lp_t = scores(k_t, q_t, scale_t, to_log2, cap_t, CAP_T, UPCAST) - lse_t[None, :]
                 total += teacher_part(lp_t, REVERSE)
         ds = dscores(x_s, lse_s[None, :], total, rows_kl[None, :], to_log2, cap_s, G, CAP_S, REVERSE)
         seen = visible(
@@ -518,7 +512,7 @@ def attention_dk_kernel(
             CAUSAL, WINDOW, SEGMENTS, KEY_MASK,
         )  # fmt: skip
         ds = tl.where(seen, ds, 0.0)
-        dk = dot((ds * unit).to(q_s.dtype), q_s, dk, PRECISION_S, UPCAST)
+        dk = dot((ds * unit).to(q_s.dtype), q_s, dk, "ieee", UPCAST)
 
     cols = tl.arange(0, BLOCK_DS)
     at = ((b * tl.num_programs(1) + hk) * S + j) * DS

@@ -95,19 +95,88 @@ def soft_cap(z, cap):
 
 
 def precision(arch: str, dtype: torch.dtype) -> str:
-    """How `dot` multiplies fp32: three TF32 products on NVIDIA (fp32 accuracy on tensor cores), plain fp32 elsewhere."""
+    """How the fused head multiplies fp32: three TF32 products on NVIDIA (fp32 accuracy on tensor cores), else plainly."""
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
-def eval_tile(arch: str, itemsize: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of the fused head: two fp32 accumulators of BLOCK_M x BLOCK_N."""
+def eval_tile(arch: str, itemsize: int, plain: bool) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of the fused head: two fp32 accumulators of BLOCK_M x BLOCK_N.
+
+    `plain` is forward or reverse KL without bias and soft-cap; everything else needs more registers.
+    """
     if arch == "interpret":
         return 16, 32, 16, 1, 1
-    return 128, 128, 64, 8, 3
+    stages = 1 if arch == "gfx942" else 3
+    if itemsize == 4:
+        return (64, 32 if arch == "sm_80" else 64, 32, 8, min(stages, 2))
+    return (128, 128 if plain and arch != "sm_80" else 64, 64, 8, stages)
 
 
-def attention_tile(arch: str, kernel: str, dim: int, itemsize: int) -> Tile:
-    """Tile of the attention kernels ("forward", "dq", "dk") for the larger padded head dim and element size."""
+# Attention tiles for 2-byte inputs by (kernel, padded head dim): the plain problem's, and every other problem's. Chosen
+# as the largest that the compiler fits without spills; block_m is queries, block_n keys.
+_ATTENTION: dict[str, dict[tuple[str, int], tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]] = {
+    "sm_80": {
+        ("forward", 64): ((64, 64, 4, 2), (128, 64, 8, 3)),
+        ("forward", 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
+        ("forward", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
+        ("dq", 64): ((64, 32, 4, 2), (64, 64, 8, 2)),
+        ("dq", 128): ((64, 64, 8, 2), (32, 32, 4, 2)),
+        ("dq", 256): ((64, 32, 8, 2), (16, 32, 8, 2)),
+        ("dk", 64): ((64, 128, 8, 2), (64, 64, 8, 2)),
+        ("dk", 128): ((32, 128, 8, 2), (32, 64, 8, 2)),
+        ("dk", 256): ((32, 64, 8, 2), (32, 32, 8, 2)),
+    },
+    "sm_90": {
+        ("forward", 64): ((128, 128, 8, 3), (128, 128, 8, 3)),
+        ("forward", 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
+        ("forward", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
+        ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+        ("dq", 128): ((128, 64, 8, 3), (128, 32, 8, 2)),
+        ("dq", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
+        ("dk", 64): ((64, 128, 8, 3), (64, 64, 8, 2)),
+        ("dk", 128): ((64, 128, 8, 2), (32, 64, 8, 2)),
+        ("dk", 256): ((32, 64, 8, 2), (32, 32, 8, 2)),
+    },
+    "sm_100": {
+        ("forward", 64): ((128, 128, 8, 3), (128, 128, 8, 3)),
+        ("forward", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
+        ("forward", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
+        ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+        ("dq", 128): ((128, 64, 8, 3), (128, 32, 8, 2)),
+        ("dq", 256): ((128, 32, 8, 2), (32, 32, 8, 2)),
+        ("dk", 64): ((64, 64, 8, 2), (64, 64, 8, 2)),
+        ("dk", 128): ((32, 128, 8, 2), (32, 32, 4, 2)),
+        ("dk", 256): ((32, 64, 8, 1), (32, 32, 8, 2)),
+    },
+    "gfx942": {
+        ("forward", 64): ((128, 64, 8, 1), (128, 64, 8, 1)),
+        ("forward", 128): ((128, 64, 8, 1), (128, 64, 8, 1)),
+        ("forward", 256): ((64, 64, 4, 1), (64, 64, 4, 1)),
+        ("dq", 64): ((128, 32, 8, 1), (128, 32, 4, 1)),
+        ("dq", 128): ((128, 32, 8, 1), (128, 32, 4, 1)),
+        ("dq", 256): ((64, 32, 4, 1), (64, 32, 4, 1)),
+        ("dk", 64): ((32, 128, 8, 1), (32, 128, 4, 1)),
+        ("dk", 128): ((32, 128, 4, 1), (32, 128, 4, 1)),
+        ("dk", 256): ((32, 64, 4, 1), (32, 64, 4, 1)),
+    },
+}
+
+
+def attention_tile(arch: str, kernel: str, dim: int, itemsize: int, plain: bool) -> Tile:
+    """Tile of the attention kernels "forward", "dq" and "dk".
+
+    Args:
+        dim: the larger of both models' head dims, padded to a power of two.
+        itemsize: bytes of the larger element type.
+        plain: one teacher head per student head, one teacher key head per student key head, no soft-cap and head dims
+            that need no padding. Everything else needs more registers.
+    """
     if arch == "interpret":
         return Tile(16, 32, 1, 1) if kernel == "forward" else Tile(32, 16, 1, 1)
-    return Tile(64, 64, 4, 2)
+    dim = max(64, dim)
+    if itemsize == 4:  # plain fp32 arithmetic: for exactness, not for speed
+        if arch == "gfx942":
+            rows, cols = (64 if kernel != "dk" else 32, 32) if dim < 256 else (32 if kernel != "dk" else 16, 16)
+            return Tile(rows, cols, 4, 1)
+        return Tile(16, 16, 8, 1) if kernel == "forward" and dim == 256 else Tile(32, 32, 8, 1)
+    return Tile(*_ATTENTION[arch][kernel, dim][0 if plain else 1])

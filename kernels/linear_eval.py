@@ -220,7 +220,8 @@ def evaluate(
     if n == 0:
         return torch.zeros(2, 0, dtype=torch.float32, device=device).unbind()
     arch = architecture(device)
-    block_m, block_n, block_k, warps, stages = eval_tile(arch, max(xs.element_size(), xt.element_size()))
+    plain = kind in ("forward", "reverse") and bs is None and bt is None and not (student_cap or teacher_cap)
+    block_m, block_n, block_k, warps, stages = eval_tile(arch, max(xs.element_size(), xt.element_size()), plain)
     kept = torch.ones(n, dtype=torch.bool, device=device) if labels is None else labels != IGNORE_INDEX
     order = torch.argsort(~kept, stable=True)
     tiles = triton.cdiv(v, block_n)

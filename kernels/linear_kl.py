@@ -183,11 +183,12 @@ def linear_loss(
             item = hidden.element_size()
             keep = want_weight and (n * item <= 4 * width or n * v * item <= max_scratch_bytes // 2)
             budget = max_scratch_bytes - (n * v * item if keep and n * item > 4 * width else 0)
-            per_row = v * (4 + 4 * (teacher is not None) + (0 if keep else item))
+            columns = -(-v // 16) * 16  # aligned rows, so that GEMMs and the row kernel use wide accesses
+            per_row = columns * (4 + 4 * (teacher is not None) + (0 if keep else item))
             rows = _chunk_rows(n, per_row, budget)
-            z_s = torch.empty(rows, v, dtype=torch.float32, device=hidden.device)
+            z_s = torch.empty(rows, columns, dtype=torch.float32, device=hidden.device)
             z_t = torch.empty_like(z_s) if teacher is not None else None
-            dz = torch.empty(n if keep else rows, v, dtype=hidden.dtype, device=hidden.device)
+            dz = torch.empty(n if keep else rows, columns, dtype=hidden.dtype, device=hidden.device)
             d_weight_sum = (
                 d_weight[:v] if keep or not want_weight else d_weight.new_empty(v, width, dtype=torch.float32)
             )
@@ -195,9 +196,9 @@ def linear_loss(
                 chunk = slice(start, min(start + rows, n))
                 size = chunk.stop - start
                 part = dz[chunk] if keep else dz[:size]
-                _matmul(hidden[chunk], weight[:v].t(), z_s[:size])
+                _matmul(hidden[chunk], weight[:v].t(), z_s[:size, :v])
                 if teacher is not None:
-                    _matmul(teacher_hidden[chunk], teacher_weight[:v].t(), z_t[:size])
+                    _matmul(teacher_hidden[chunk], teacher_weight[:v].t(), z_t[:size, :v])
                 token_loss(
                     z_s[:size],
                     None if z_t is None else z_t[:size],
@@ -209,8 +210,10 @@ def linear_loss(
                     kl=None if teacher is None else kl[chunk],
                     ce=None if labels is None else ce[chunk],
                     grad=part,
+                    readable=columns,
                     **options,
                 )
+                part = part[:, :v]
                 if want_hidden and not keep:
                     _matmul(part, weight[:v], d_hidden[chunk], unit)
                 if want_weight and not keep:
@@ -220,8 +223,8 @@ def linear_loss(
                     d_bias[:v] = total if start == 0 else d_bias[:v] + total
             if keep:  # one GEMM each: no pass over the weight or its gradient per chunk
                 if want_hidden:
-                    _matmul(dz, weight[:v], d_hidden, unit)
-                _matmul(dz.t(), hidden, d_weight_sum, unit)
+                    _matmul(dz[:, :v], weight[:v], d_hidden, unit)
+                _matmul(dz[:, :v].t(), hidden, d_weight_sum, unit)
             elif want_weight:
                 d_weight[:v] = d_weight_sum if unit == 1 else d_weight_sum.mul_(unit)
             d_weight[v:].zero_()

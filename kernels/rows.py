@@ -14,10 +14,10 @@ from .launch import FORWARD, JSD, KINDS, LN2, LOG2E, LOWEST, NONE, REVERSE, arch
 
 
 @triton.jit
-def load_logits(ptr, bias_ptr, cols, v, scale, cap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+def load_logits(ptr, bias_ptr, cols, v, readable, scale, cap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     """One block of a row as fp32 logits: softcap(scale · (z + bias)), -inf past the end of the vocabulary."""
     inside = cols < v
-    z = tl.load(ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(ptr + cols, mask=cols < readable, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     z *= scale
@@ -49,6 +49,7 @@ def token_loss_kernel(
     grad_stride,
     upstream_stride,
     v,  # common vocabulary
+    readable,  # columns that may be loaded, >= v: a multiple of 16 keeps the loads wide where v is not one
     grad_v,  # columns of grad; zero beyond v
     student_scale,
     teacher_scale,
@@ -115,7 +116,7 @@ def token_loss_kernel(
         for start in range(0, v, BLOCK):
             cols = start + lanes
             x_s = to_log2 * load_logits(
-                student_ptr, student_bias_ptr, cols, v, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
+                student_ptr, student_bias_ptr, cols, v, readable, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
             )
             new_s = tl.maximum(m_s, tl.max(x_s, 0))
             d_s = new_s - m_s
@@ -123,7 +124,15 @@ def token_loss_kernel(
             e_s = tl.exp2(u_s)
             if KIND != NONE:
                 x_t = to_log2 * load_logits(
-                    teacher_ptr, teacher_bias_ptr, cols, v, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP
+                    teacher_ptr,
+                    teacher_bias_ptr,
+                    cols,
+                    v,
+                    readable,
+                    teacher_scale,
+                    teacher_cap,
+                    TEACHER_BIAS,
+                    TEACHER_CAP,
                 )
                 new_t = tl.maximum(m_t, tl.max(x_t, 0))
                 d_t = new_t - m_t
@@ -157,10 +166,26 @@ def token_loss_kernel(
             for start in range(0, v, BLOCK):
                 cols = start + lanes
                 lq = -lse_s + to_log2 * load_logits(
-                    student_ptr, student_bias_ptr, cols, v, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
+                    student_ptr,
+                    student_bias_ptr,
+                    cols,
+                    v,
+                    readable,
+                    student_scale,
+                    student_cap,
+                    STUDENT_BIAS,
+                    STUDENT_CAP,
                 )
                 lp = -lse_t + to_log2 * load_logits(
-                    teacher_ptr, teacher_bias_ptr, cols, v, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP
+                    teacher_ptr,
+                    teacher_bias_ptr,
+                    cols,
+                    v,
+                    readable,
+                    teacher_scale,
+                    teacher_cap,
+                    TEACHER_BIAS,
+                    TEACHER_CAP,
                 )
                 d = log_ratio(lp, lq)
                 to_teacher -= tl.sum(tl.exp2(lp) * tl.log2(beta + (1 - beta) * tl.exp2(-d)), 0)
@@ -192,14 +217,22 @@ def token_loss_kernel(
         for i in range(0, blocks):
             cols = (blocks - 1 - i) * BLOCK + lanes
             z_s = load_logits(
-                student_ptr, student_bias_ptr, cols, v, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
+                student_ptr, student_bias_ptr, cols, v, readable, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
             )
             lq = to_log2 * z_s - lse_s
             q = tl.exp2(lq)
             dz = tl.zeros([BLOCK], tl.float32)
             if KIND != NONE:
                 lp = -lse_t + to_log2 * load_logits(
-                    teacher_ptr, teacher_bias_ptr, cols, v, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP
+                    teacher_ptr,
+                    teacher_bias_ptr,
+                    cols,
+                    v,
+                    readable,
+                    teacher_scale,
+                    teacher_cap,
+                    TEACHER_BIAS,
+                    TEACHER_CAP,
                 )
             if KIND == FORWARD:
                 dz = factor * (q - tl.exp2(lp))
@@ -223,6 +256,7 @@ def token_loss(
     labels: Tensor | None,
     *,
     v: int,
+    readable: int | None = None,
     kind: str,
     beta: float,
     temperature: float,
@@ -243,6 +277,7 @@ def token_loss(
 ) -> None:
     """Launch the row kernel over `student` [N, >= v] and write into whichever of `kl`, `ce`, `stats`, `grad` are given.
 
+    `readable` says that both rows of logits have that many columns in memory, of which the first `v` count.
     A gradient from saved statistics (`load_stats`) covers the KL term only.
     """
     rows = student.shape[0]
@@ -267,6 +302,7 @@ def token_loss(
             0 if grad is None else grad.stride(0),
             0 if upstream is None else upstream.stride(0),
             v,
+            readable or v,
             0 if grad is None else grad.shape[1],
             float(student_scale),
             float(teacher_scale),
