@@ -38,7 +38,7 @@ def test_the_table_has_every_method_on_both_domains(run):
     selection = results["selection"]
     assert [name for name in selection["rows"] if "random" in name] == [f"random third {n}" for n in (1, 2, 3)]
     assert "lowest third" in selection["rows"]
-    assert selection["verdict"].startswith("LP ")
+    assert selection["verdict"].startswith("Choosing the lowest third of LP")
     text = (output / "results.md").read_text()
     assert all(name in text for name in (*rows, *selection["rows"], selection["verdict"]))
 
@@ -72,12 +72,17 @@ def test_nothing_temporary_is_left(run):
 
 def test_verdict_says_plainly_what_happened():
     def rows(low, *others):
-        thirds = {f"random third {n}": {"exact_match": em} for n, em in enumerate(others, 1)}
-        return {"lowest third": {"exact_match": low}, **thirds}
+        thirds = {f"random third {n}": {"exact_match": em, "loss": loss} for n, (em, loss) in enumerate(others, 1)}
+        return {"lowest third": {"exact_match": low[0], "loss": low[1]}, **thirds}
 
-    assert verdict(rows(0.5, 0.3, 0.4)).startswith("LP helped here: exact match 50.0% against 30.0% to 40.0%")
-    assert verdict(rows(0.2, 0.3, 0.4)).startswith("LP hurt here")
-    assert verdict(rows(0.3, 0.3, 0.4)).startswith("LP made no difference here")
+    others = ((0.3, 1.0), (0.4, 2.0))
+    assert verdict(rows((0.5, 3.0), *others)) == (
+        "Choosing the lowest third of LP instead of 2 random ones helped by exact match (50.0% against 30.0% to 40.0%) "
+        "and hurt by loss (3.000 against 1.000 to 2.000)."
+    )
+    assert "hurt by exact match" in verdict(rows((0.2, 0.5), *others))
+    assert "helped by loss" in verdict(rows((0.2, 0.5), *others))
+    assert verdict(rows((0.3, 2.0), *others)).count("made no difference") == 2
 
 
 def test_a_scale_that_is_no_number_of_steps_is_refused(tmp_path):
