@@ -1,6 +1,7 @@
 """The command `lightning-itk`."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -81,10 +82,18 @@ def _is_users(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError | ArgumentError | ImportError)
 
 
+# What jsonargparse says around the reason: that it tried a union, with which types, on which whole value.
+_AROUND = re.compile(
+    r"- Expected a <class 'NoneType'>|- Expected a path but|(- )?Does not validate against any of the Union|Subtypes:|"
+    r"Errors:|Given value"
+)
+
+
 def _one_line(error: Exception) -> str:
-    """The innermost line that says something: frameworks wrap our errors in theirs."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines) if lines else type(error).__name__
+    """What went wrong, without the layers that frameworks put around it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line.removeprefix("- ") for line in lines if line and not _AROUND.match(line)]
+    return " ".join(telling) or " ".join(lines) or type(error).__name__
 
 
 def _quiet() -> None:

@@ -30,7 +30,7 @@ def test_the_readme_config_parses(tmp_path):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (tmp_path / "kd.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     config = ParseOnly.start(["fit", "--config", str(tmp_path / "kd.yaml")]).config.fit
-    assert config.data.train[1].teacher == "expert"
+    assert config.data.train[1]["teacher"] == "expert"
     assert config.model.init_args.attention.weight == 1.0
 
 
