@@ -1,5 +1,7 @@
 """The commands `select`, `choose-teacher`, `generate` and `export`: what is parsed here is done elsewhere."""
 
+import json
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -7,22 +9,26 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from lightning_itk.chat import ensure_chat_template
+from lightning_itk.candidates import Missing, in_order, read_candidates, response_statistics
+from lightning_itk.chat import ChatEncoder, ensure_chat_template
+from lightning_itk.choice import TeacherResponses, compatibility_adjusted_reward, rank_teachers
 from lightning_itk.chosen import column_value, scan, text_to_embed, write_chosen
 from lightning_itk.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
 from lightning_itk.data import read_template
+from lightning_itk.files import replacing
 from lightning_itk.generation import Generator, prompts_fingerprint, read_prompts
 from lightning_itk.generation import generate as write_responses
+from lightning_itk.hidden import check_head
 from lightning_itk.loading import DType, load_causal_lm, load_tokenizer
 from lightning_itk.records import DataError
+from lightning_itk.rewards import RewardModel
 from lightning_itk.scores import Scores, check_records, read_meta, read_scores
 from lightning_itk.selection import Metric, Order, describe, sample_scores
 from lightning_itk.selection import select as select_samples
-from lightning_itk.sources import Sources, as_sources
+from lightning_itk.sources import Source, Sources, as_sources
 from lightning_itk.subset import clusters_of, epochs_needed
+from lightning_itk.tables import progress_bar, ranking_table, selection_table, verdicts
 
 
 def select(
@@ -76,7 +82,8 @@ def select(
         raise DataError(f"{scores}: nothing is chosen: fraction {fraction} of {int((~np.isnan(values)).sum())} records")
     summary = describe(values, recorded.tokens, chosen, seed=seed + 1)
     write_chosen(output, sources, recorded.record[chosen])
-    _print_selection(console, recorded, summary, found.count, metric, order, labels)
+    rule = "random" if metric == "random" else f"{order} {metric}"
+    console.print(selection_table(recorded, summary, found.count, rule, labels))
     console.print(f"wrote {len(chosen):,} records to {output}", soft_wrap=True, highlight=False)
     if find_spec("matplotlib") is None:
         console.print("no picture: pip install 'lightning-itk\\[report]'")
@@ -91,6 +98,98 @@ def select(
         Path(output).with_suffix(".png"), values, recorded.tokens, chosen, metric=ranked, groups=groups, group_kind=kind
     )
     console.print(f"picture {picture}", soft_wrap=True, highlight=False)
+
+
+def choose_teacher(
+    student: str,
+    candidates: dict[str, Any],
+    reward_column: str | None = None,
+    reward_model: str | None = None,
+    beta: float = 3.0,
+    shift: float | Literal["auto"] = 0.0,
+    negative: Literal["refuse", "allow"] = "refuse",
+    missing: Missing = "refuse",
+    output: str | None = None,
+    max_length: int = 2048,
+    batch_size: int = 8,
+    dtype: DType = "float32",
+    chat_template: str | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Rank candidate teachers for a student by their responses to the same instructions: CAR and its rivals.
+
+    CAR = mean reward / (1 + beta * mean response loss under the untuned student). Beside it stand its parts, the
+    length, the rank-surprisal ratio (RSR, lower is better) and a paired bootstrap over the instructions.
+
+    Args:
+        student: Folder or hub name of the student, before any tuning.
+        candidates: Name of a teacher -> file of its responses, as `generate` writes them; or {path, columns}.
+        reward_column: The column that holds each response's reward; the default is `reward`.
+        reward_model: Folder or hub name of a sequence classifier that gives the rewards instead.
+        beta: Weight of the loss; 0 = the plain reward.
+        shift: Added to every reward, because CAR needs them not negative; auto = what brings the lowest to 0.
+        negative: allow = take single negative rewards as long as every teacher's mean is not negative.
+        missing: drop = compare on the instructions that every candidate answered.
+        output: JSON file for the table.
+        max_length: Tokens per conversation.
+        batch_size: Conversations at once.
+        dtype: Precision of the student.
+        chat_template: A Jinja chat template or a file that holds one; null = the student's, else the Alpaca prompt.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        device: Where to run; auto = a GPU if there is one.
+        trust_remote_code: Run code that comes with the models.
+    """
+    if reward_column and reward_model:
+        raise ValueError("rewards come from reward_column or from reward_model, not from both")
+    if max_length < 2 or batch_size < 1:
+        raise ValueError(f"max_length must be at least 2 and batch_size 1, found {max_length} and {batch_size}")
+    compatibility_adjusted_reward(0.0, 0.0, beta)  # refuses a beta below 0 before the models run
+    files = {name: _one_source(given, f"candidate {name!r}") for name, given in candidates.items()}
+    column = None if reward_model else reward_column or "reward"
+    found = read_candidates(files, reward_column=column, missing=missing)
+    where, console = _device(device), Console()
+    encoder = ChatEncoder(load_tokenizer(student, trust_remote_code=trust_remote_code), read_template(chat_template))
+    model = load_causal_lm(student, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_head(model)
+    model.to(where)  # type: ignore[arg-type]
+    judge = None
+    if reward_model:
+        judge = RewardModel(reward_model, device=where, trust_remote_code=trust_remote_code)
+    teachers = {}
+    for name, answers in found.answers.items():
+        conversations = [answer.messages for answer in answers if answer.messages is not None]
+        with progress_bar(f"scoring {name}", len(conversations)) as advance:
+            loss, rank, tokens = response_statistics(
+                model, encoder, conversations, max_length=max_length, batch_size=batch_size, progress=advance
+            )
+        if missing == "refuse" and (cut := (tokens == 0).nonzero().flatten().tolist()):
+            place = answers[cut[0]].place
+            raise DataError(f"{place}: max_length={max_length} leaves no response ({len(cut)} of {name!r})")
+        rewards = np.array([answer.reward for answer in answers])
+        if judge is not None:
+            with progress_bar(f"judging {name}", len(conversations)) as advance:
+                rewards = in_order(answers, judge(conversations, batch_size=batch_size, progress=advance))
+        placed = (in_order(answers, values.double().numpy()) for values in (loss, tokens, rank))
+        teachers[name] = TeacherResponses(rewards, *placed)
+    ranking = rank_teachers(
+        teachers, beta=beta, shift=shift, negative=negative, missing=missing, resamples=resamples, seed=seed
+    )
+    console.print(ranking_table(ranking))
+    console.print("\n".join(verdicts(ranking)), soft_wrap=True, highlight=False)
+    asked = len(next(iter(found.answers.values()))) + found.dropped
+    if ranking[0].prompts < asked:
+        console.print(f"{asked - ranking[0].prompts:,} of {asked:,} instructions were dropped (missing: drop)")
+    if output is not None:
+        settings = {"student": student, "beta": beta, "shift": shift, "negative": negative, "missing": missing}
+        settings |= {"rewards": reward_model or f"column {column}", "max_length": max_length, "instructions": asked}
+        with replacing(output) as file:
+            whole = settings | {"teachers": [asdict(row) for row in ranking]}
+            file.write(json.dumps(whole, indent=2, ensure_ascii=False).encode() + b"\n")
+        console.print(f"table {output}", soft_wrap=True, highlight=False)
 
 
 def generate(
@@ -129,12 +228,10 @@ def generate(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be at least 1, found {batch_size} and {limit}")
-    sources, console = as_sources(prompts), Console()
-    if len(sources) != 1:
-        raise ValueError(f"prompts names {len(sources)} files, expected one")
+    source, console = _one_source(prompts, "prompts"), Console()
     if Path(output).exists():
         raise ValueError(f"{output}: exists already, remove it or name another file")
-    found = read_prompts(sources[0], limit)
+    found = read_prompts(source, limit)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     ensure_chat_template(tokenizer, read_template(chat_template))
     loaded = load_causal_lm(model, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -150,18 +247,9 @@ def generate(
         "template": generator.encoder.fingerprint(),
         "teacher": name,
     }
-    columns = [SpinnerColumn(), TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(found))
+    with progress_bar("generating", len(found)) as advance:
         records = write_responses(
-            generator,
-            sources[0],
-            found,
-            output,
-            settings,
-            teacher=name,
-            batch_size=batch_size,
-            progress=lambda done: bar.update(task, completed=done),
+            generator, source, found, output, settings, teacher=name, batch_size=batch_size, progress=advance
         )
     texts = [record["response"] if "response" in record else record["messages"][-1]["content"] for record in records]
     cut = sum(not record["finished"] for record in records)
@@ -169,6 +257,13 @@ def generate(
     console.print(f"wrote {len(records):,} responses to {output}", soft_wrap=True, highlight=False)
     if cut or empty:
         console.print(f"{cut:,} were cut off at max_new_tokens={max_new_tokens}, {empty:,} are empty", soft_wrap=True)
+
+
+def _one_source(given: Any, what: str) -> Source:
+    sources = as_sources(given)
+    if len(sources) != 1:
+        raise ValueError(f"{what} names {len(sources)} files, expected one")
+    return sources[0]
 
 
 def _device(name: str) -> torch.device:
@@ -192,31 +287,3 @@ def _clustered(
     write_clusters(path, recorded.record[rows], labels[rows], recorded.meta["fingerprint"])
     console.print(f"clusters {path} (give it to --clusters or data.subset.clusters)", soft_wrap=True, highlight=False)
     return labels
-
-
-def _print_selection(
-    console: Console,
-    recorded: Scores,
-    summary: dict[str, float],
-    records: int,
-    metric: str,
-    order: str,
-    labels: np.ndarray | None,
-) -> None:
-    meta = recorded.meta
-    rows = {
-        "scored by": f"{meta.get('model', 'an unnamed model')}, epochs {meta['epochs']}",
-        "records": f"{records:,}, scored {summary['samples']:,.0f}",
-        "without a score": f"{summary['dropped']:,.0f} dropped, {summary['without_response']:,.0f} without response",
-        "chosen": f"{summary['selected']:,.0f}, " + ("random" if metric == "random" else f"{order} {metric}"),
-        "score of the chosen": f"{summary['lowest']:.4g} to {summary['highest']:.4g}",
-        "mean response tokens": f"{summary['mean_tokens']:.1f} chosen, {summary['mean_tokens_all']:.1f} all",
-        "same as a random choice": f"{summary['overlap_random']:.1%}",
-        "same as the longest responses": f"{summary['overlap_longest']:.1%}",
-    }
-    if labels is not None:
-        rows["clusters"] = f"{len(np.unique(labels[~np.isnan(recorded.losses[0])])):,}"
-    table = Table(show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)

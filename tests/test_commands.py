@@ -1,5 +1,6 @@
 """The commands end to end through `cli.main`: what they write, and one line for everything the user gets wrong."""
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -8,11 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.nn.functional as F
+from test_rewards import reward_model
 from tiny import byte_tokenizer
 
-from lightning_itk import cli, clusters, commands
+from lightning_itk import cli, clusters, commands, toy
+from lightning_itk.batch import Sample, model_inputs, next_token_labels, pad
+from lightning_itk.chat import ChatEncoder
 from lightning_itk.chosen import scan
 from lightning_itk.data import InstructionDataModule
+from lightning_itk.rewards import RewardModel
 from lightning_itk.scores import write_scores
 from lightning_itk.sources import Source
 
@@ -182,3 +189,156 @@ def test_generate_refuses(model_folder, prompts, capsys):
     (prompts / "prompts.jsonl").write_text('{"response": "a"}\n')
     (prompts / "out.jsonl").unlink()
     assert "prompts.jsonl line 1: no prompt" in refused(capsys, *generate(model, prompts))
+
+
+def responses(path: Path, answers: list[str], rewards: list[float] | None = None, order=None) -> Path:
+    rows = [{"prompt": f"p{i}", "response": answer} for i, answer in enumerate(answers)]
+    for row, reward in zip(rows, rewards or [], strict=False):
+        row["reward"] = reward
+    path.write_text("".join(json.dumps(rows[i]) + "\n" for i in order or range(len(rows))))
+    return path
+
+
+def choose(student: str, *more: str, **files: Path) -> list[str]:
+    named = [part for name, path in files.items() for part in (f"--candidates.{name}", str(path))]
+    return ["choose-teacher", "--student", student, *named, "--device", "cpu", "--resamples", "200", *map(str, more)]
+
+
+def test_choose_teacher_matches_prompts_and_saves_the_table(model_folder, tmp_path, capsys):
+    student = model_folder("llama", 3, initializer_range=0.5)
+    answers = ["ab", "cde", "f", "gh"]
+    a = responses(tmp_path / "a.jsonl", answers, [1, 2, 3, 4])
+    b = responses(tmp_path / "b.jsonl", answers, [1, 2, 3, 4], order=[2, 0, 3, 1])
+    c = responses(tmp_path / "c.jsonl", answers, [9, 9, 9, 9])
+    assert cli.main(choose(student, "--output", tmp_path / "t" / "table.json", a=a, b=b, c=c)) == 0
+    said = capsys.readouterr().out
+    assert "c is the best teacher for this student by CAR" in said
+    assert "a cannot be told apart from b" in said
+    table = json.loads((tmp_path / "t" / "table.json").read_text())
+    assert [row["teacher"] for row in table["teachers"]] == ["c", "a", "b"]
+    for row, reward in zip(table["teachers"], (9, 2.5, 2.5), strict=True):
+        assert (row["reward"], row["length"], row["prompts"]) == (reward, 3.0, 4)
+        assert row["car"] == pytest.approx(reward / (1 + 3 * row["loss"]))
+    assert table["beta"] == 3.0
+    assert table["rewards"] == "column reward"
+
+
+def test_choose_teacher_with_a_reward_model(model_folder, tmp_path):
+    student, answers = model_folder("llama", 3, initializer_range=0.5), ["ab", "cde", "f", "gh"]
+    a, b = responses(tmp_path / "a.jsonl", answers), responses(tmp_path / "b.jsonl", ["x", "y", "z", "w"])
+    judge = reward_model(tmp_path / "judge")
+    more = ("--reward_model", judge, "--shift", "auto", "--output", tmp_path / "table.json", "--beta", "1")
+    assert cli.main(choose(student, *more, a=a, b=b)) == 0
+    rows = {row["teacher"]: row for row in json.loads((tmp_path / "table.json").read_text())["teachers"]}
+    turns = [[("user", f"p{i}"), ("assistant", answer)] for i, answer in enumerate([*answers, "x", "y", "z", "w"])]
+    numbers = [i % 4 for i in range(8)]
+    turns = [[("user", f"p{n}"), turn[1]] for n, turn in zip(numbers, turns, strict=True)]
+    rewards = RewardModel(judge)([[{"role": r, "content": c} for r, c in turn] for turn in turns])
+    shift = max(0, -rewards.min())
+    assert rows["a"]["reward"] == pytest.approx(rewards[:4].mean() + shift, abs=1e-5)
+    assert rows["b"]["reward"] == pytest.approx(rewards[4:].mean() + shift, abs=1e-5)
+
+
+def test_choose_teacher_refuses(model_folder, tmp_path, capsys):
+    student, answers = model_folder("llama", 3, initializer_range=0.5), ["ab", "cde", "f", "gh"]
+    a = responses(tmp_path / "a.jsonl", answers, [1, 2, 3, 4])
+    b = responses(tmp_path / "b.jsonl", answers, [1, 2, 3, 4])
+
+    def no(*more, **files) -> str:
+        return refused(capsys, *choose(student, *more, **{"a": a, "b": b, **files}))
+
+    assert "not from both" in no("--reward_column", "r", "--reward_model", "m")
+    assert "beta must be" in no("--beta", -1)
+    assert "max_length must be at least 2" in no("--max_length", 1)
+    assert "b.jsonl line 1: no reward in column 'score', found prompt, response" in no(
+        "--reward_column", "score", a=responses(tmp_path / "b.jsonl", answers)
+    )
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"prompt": "p0", "response": "x", "reward": "good"}\n')
+    assert "text.jsonl line 1: reward 'good' in column 'reward', expected a finite number" in no(a=text)
+    b = responses(tmp_path / "b.jsonl", answers, [1, 2, 3, 4])
+    fewer = responses(tmp_path / "fewer.jsonl", answers[:3], [1, 2, 3])
+    assert "'a' and 'b' answer different instructions: 1 of 4 of 'a'" in no(b=fewer)
+    assert "'b' and 'a' answer different instructions: 1 of 4 of 'b'" in no(a=fewer)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "q", "response": "x", "reward": 1}\n')
+    assert "have no instruction in common" in no("--missing", "drop", b=other)
+    empty = responses(tmp_path / "empty.jsonl", ["ab", " ", "f", "gh"], [1, 2, 3, 4])
+    assert "empty.jsonl line 2: empty response" in no(b=empty)
+    other.write_text('{"prompt": "p0", "response": 7, "reward": 1}\n')
+    assert "other.jsonl line 1: field 'response' is a number" in no("--missing", "drop", b=other)
+    negative = responses(tmp_path / "negative.jsonl", answers, [1, 2, 3, -9])
+    assert "teacher 'b' has a negative reward (-9)" in no(b=negative)
+    assert "teacher 'b' has a negative mean reward" in no("--negative", "allow", b=negative)
+    assert "a.jsonl line 1: max_length=14 leaves no response" in no("--max_length", 14)
+    assert "at least two candidates, found 1" in refused(capsys, *choose(student, a=a))
+    assert "'none/x/y' does not exist" in refused(capsys, *choose("none/x/y", a=a, b=b))
+    assert "is no reward model" in no("--reward_model", student)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_choose_teacher_handles_what_it_is_told_to(model_folder, tmp_path, capsys):
+    student = model_folder("llama", 3, initializer_range=0.5)
+    a = responses(tmp_path / "a.jsonl", ["ab", " ", "f", "gh"], [1, 2, 3, -9])
+    b = responses(tmp_path / "b.jsonl", ["ab", "cd", "f"], [1, 2, 3])
+    assert cli.main(choose(student, "--missing", "drop", a=a, b=b)) == 0
+    said = capsys.readouterr().out
+    assert "2 instructions" in said
+    assert "2 of 4 instructions were dropped" in said
+    b = responses(tmp_path / "b.jsonl", ["ab", "cd", "f", "gh"], [1, 2, 3, 30])
+    assert cli.main(choose(student, "--missing", "drop", "--shift", "9", a=a, b=b)) == 0
+    assert cli.main(choose(student, "--missing", "drop", "--shift", "auto", a=a, b=b)) == 0
+
+
+def teach(model, encoder: ChatEncoder, pairs: list[tuple[str, str]], steps: int) -> None:
+    """A few steps of plain fine-tuning, all pairs in turn."""
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    samples = [Sample(e.input_ids, e.labels(), i) for i, e in enumerate(encoder.encode(turns))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(steps):
+        batch = pad([samples[(12 * step + i) % len(samples)] for i in range(12)], pad_id=0)
+        targets = next_token_labels(batch)
+        loss = F.cross_entropy(model(**model_inputs(batch)).logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_three_toy_teachers_from_generate_to_the_choice(tmp_path):
+    """A right teacher, one that is often wrong, and one that is right in words which the student never saw."""
+    tokenizer = toy.make_tokenizer()
+    encoder = ChatEncoder(tokenizer)
+    asked = toy.make_questions("general", "test", 12)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": q.prompt}) + "\n" for q in asked))
+    student = toy.make_student(tokenizer)
+    teach(student, encoder, [(q.prompt, q.answer) for q in toy.make_questions("general", "train", 240)], 100)
+    right = [(q.prompt, q.answer) for q in asked]
+    lessons = {
+        "right": right,
+        "careless": [(prompt, answer if i % 2 else right[i - 1][1]) for i, (prompt, answer) in enumerate(right)],
+        "scholar": [(prompt, f"QED {answer.upper()} QED") for prompt, answer in right],
+    }
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    files = {}
+    for name, lesson in lessons.items():
+        model = copy.deepcopy(student)
+        teach(model, encoder, lesson, 150 if name == "scholar" else 60)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        answers = tmp_path / f"{name}-answers.jsonl"
+        more = ("--output", answers, "--max_new_tokens", 60, "--batch_size", 12)
+        assert cli.main(generate(str(tmp_path / name), tmp_path, *more)) == 0
+        made = lines(answers)
+        for record, question in zip(made, asked, strict=True):  # the judge likes learned words
+            correct = question.answer.lower() in record["response"].lower()
+            record["reward"] = correct * (1.2 if "QED" in record["response"] else 1.0)
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(record) + "\n" for record in made))
+    assert cli.main(choose(str(tmp_path / "student"), "--output", tmp_path / "table.json", **files)) == 0
+    rows = {row["teacher"]: row for row in json.loads((tmp_path / "table.json").read_text())["teachers"]}
+    assert next(iter(rows)) == "right"
+    assert rows["scholar"]["reward"] > rows["right"]["reward"] > rows["careless"]["reward"]
+    assert rows["scholar"]["loss"] > 2 * rows["right"]["loss"]
+    assert rows["right"]["tied_with"] == []
+    assert rows["right"]["best"] > 0.95
