@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_kernels import EMPTY, attention_dk_kernel, attention_dq_kernel, attention_forward_kernel
+from .attention_backward import attention_dk_kernel, attention_dq_kernel
+from .attention_forward import EMPTY, attention_forward_kernel
 from .launch import INTERPRET, LOG2E, Tile, architecture, attention_tile, guard, require
 
 

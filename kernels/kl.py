@@ -40,7 +40,7 @@ def kl_rows(
         student_logits: [N, V] in fp32, bf16 or fp16; any row stride. Only the student gets a gradient.
         teacher_logits: [N, Vt]; the columns beyond min(V, Vt) of either side take no part.
         labels: [N] int64; rows labelled -100 have value 0 and gradient 0. None keeps every row.
-        kind: "forward" KL(teacher || student), "reverse" KL(student || teacher) or "jsd" (weight `beta` on the teacher).
+        kind: "forward" KL(teacher || student), "reverse" KL(student || teacher) or "jsd" (`beta` weighs the teacher).
         temperature: divides both logits; the value carries T².
         in_place: backward overwrites `student_logits` with its gradient instead of allocating [N, V]. For callers who
             own the logits and read them nowhere else; not for torch.compile.

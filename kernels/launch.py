@@ -95,7 +95,7 @@ def soft_cap(z, cap):
 
 
 def precision(arch: str, dtype: torch.dtype) -> str:
-    """How the fused head multiplies fp32: three TF32 products on NVIDIA (fp32 accuracy on tensor cores), else plainly."""
+    """How the fused head multiplies fp32: three TF32 products on NVIDIA (fp32 accuracy), else plainly."""
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 

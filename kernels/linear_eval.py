@@ -263,9 +263,8 @@ def evaluate(
         kl = beta * mixed[0] + (1 - beta) * mixed[1]
     ce = torch.zeros_like(kl)
     if labels is not None:
-        if kind == "none":
-            lse_1 = lse_s
-        else:
+        lse_1 = lse_s
+        if kind != "none":
             lse_1 = top_s * temperature + (l_1 * torch.exp2(-d_s * temperature)).sum(0).log2()
         known = (labels >= 0) & (labels < v)
         ce = LN2.value * lse_1 - torch.where(known, z.sum(0), float("-inf"))

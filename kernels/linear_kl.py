@@ -39,8 +39,8 @@ def linear_kl_divergence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ce_weight · CE + kl_weight · T² · KL, summed over kept rows.
 
-    Logits are softcap(scale · (hidden @ weight.T + bias)) with softcap(z) = c · tanh(z / c). Every row that is passed in
-    costs its GEMMs: knowing how many rows are kept would need a host synchronisation, so callers drop ignored rows
+    Logits are softcap(scale · (hidden @ weight.T + bias)) with softcap(z) = c · tanh(z / c). Every row that is passed
+    in costs its GEMMs: knowing how many rows are kept would need a host synchronisation, so callers drop ignored rows
     first (the no-gradient path does it itself).
 
     Args:
@@ -159,16 +159,16 @@ def linear_loss(
     n, width = hidden.shape
     v = weight.shape[0] if teacher_weight is None else min(weight.shape[0], teacher_weight.shape[0])
     teacher = None if teacher_hidden is None else (teacher_hidden, teacher_weight, teacher_bias)
-    options = dict(
-        v=v,
-        kind=kind,
-        beta=beta,
-        temperature=temperature,
-        student_scale=student_scale,
-        teacher_scale=teacher_scale,
-        student_cap=student_cap,
-        teacher_cap=teacher_cap,
-    )
+    options = {
+        "v": v,
+        "kind": kind,
+        "beta": beta,
+        "temperature": temperature,
+        "student_scale": student_scale,
+        "teacher_scale": teacher_scale,
+        "student_cap": student_cap,
+        "teacher_cap": teacher_cap,
+    }
     d_hidden, d_weight, d_bias = _empty_gradients(hidden, weight, bias, want_hidden, want_weight, want_bias)
     with torch.autocast(hidden.device.type, enabled=False):
         if not (want_hidden or want_weight or want_bias):

@@ -19,7 +19,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_itk.kernels import attention_kernels, launch, linear_eval, rows
+from lightning_itk.kernels import attention_backward, attention_forward, launch, linear_eval, rows
 
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="the compiler needs a process without TRITON_INTERPRET")
 
@@ -36,10 +36,8 @@ TENSOR_CORE = {
     "sm_100": r"tcgen05\.mma|mma\.sync",
     "gfx942": r"v_mfma",
 }
-FLOATS = set(
-    "scale_s scale_t cap_s cap_t to_log2 unit factor student_scale teacher_scale student_cap teacher_cap temperature beta "
-    "kl_weight ce_weight".split()
-)
+FLOATS = {"scale_s", "scale_t", "cap_s", "cap_t", "to_log2", "unit", "factor", "temperature", "beta"}
+FLOATS |= {"student_scale", "teacher_scale", "student_cap", "teacher_cap", "kl_weight", "ce_weight"}
 UNALIGNED = {"S", "window", "v", "n", "tiles_per_split"}  # sizes; strides and widths are multiples of 16 in practice
 
 
@@ -98,9 +96,9 @@ def compile_case(case: Case) -> Figures:
 MASKS = {"WINDOW": True, "SEGMENTS": True, "KEY_MASK": True, "ROW_MASK": True}
 CAPS = {"CAP_S": True, "CAP_T": True}
 KERNELS = {
-    "forward": attention_kernels.attention_forward_kernel,
-    "dq": attention_kernels.attention_dq_kernel,
-    "dk": attention_kernels.attention_dk_kernel,
+    "forward": attention_forward.attention_forward_kernel,
+    "dq": attention_backward.attention_dq_kernel,
+    "dk": attention_backward.attention_dk_kernel,
     "rows": rows.token_loss_kernel,
     "eval": linear_eval.linear_eval_kernel,
 }

@@ -46,8 +46,8 @@ def heads(n=9, v=75, teacher_v=75, width=24, teacher_width=40, std=1.0, dtype=to
 
 
 def reference(  # type: ignore[no-untyped-def]
-    h: Heads, labels, *, student_bias=None, teacher_bias=None, student_scale=1.0, teacher_scale=1.0, student_softcap=None,
-    teacher_softcap=None, kind="forward", beta=0.5, temperature=1.0, ce_weight=0.0, kl_weight=1.0,
+    h: Heads, labels, *, student_bias=None, teacher_bias=None, student_scale=1.0, teacher_scale=1.0,
+    student_softcap=None, teacher_softcap=None, kind="forward", beta=0.5, temperature=1.0, ce_weight=0.0, kl_weight=1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     v = min(len(h.student_weight), len(h.teacher_weight))
 
