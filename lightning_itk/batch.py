@@ -181,6 +181,13 @@ def flatten(batch: Batch) -> Batch:
     return flat
 
 
+def left_padded(batch: Batch) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
+    """Token ids and mask of a padded batch of prompts with the padding on the left, as `generate` wants it."""
+    keep = real_tokens(batch)
+    order = torch.sort(keep.long(), dim=1, stable=True).indices
+    return batch["input_ids"].gather(1, order), keep.gather(1, order).long()
+
+
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """Keyword arguments for a Hugging Face causal LM.
 

@@ -263,7 +263,8 @@ def _write(writer: pa.RecordBatchFileWriter, job: _Job, num_proc: int, progress:
     summary, fingerprint = Summary(), Fingerprint()
     tags: dict[str, int] = {}
     columns = [SpinnerColumn(), TextColumn("tokenizing {task.description}"), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+    quiet = not (progress and sys.stderr.isatty())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(Path(job.source.path).name, total=None)
         for block in _blocks(job, num_proc):
             teacher = np.array([tags.setdefault(tag, len(tags)) for tag in block.tags], np.int32)

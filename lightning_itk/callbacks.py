@@ -1,12 +1,13 @@
 """Callbacks: the exported model, and a card that says what a run really does."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -81,6 +82,35 @@ class RunCard(Callback):
         for name, value in run_facts(trainer, pl_module).items():
             table.add_row(name, value)
         Console().print(table)
+
+
+class ResponseWriter(Callback):
+    """Write what `predict` answers as JSON lines: `record`, the prompt's number, and `response`.
+
+    Args:
+        path: Where; null = `responses.jsonl` in the logger's folder. With several ranks each writes its own file.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+
+    def file(self, trainer: L.Trainer) -> Path:
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "responses.jsonl")
+        return path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}{path.suffix}")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.file(trainer).parent.mkdir(parents=True, exist_ok=True)
+        self.file(trainer).write_text("")
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any, **__: Any
+    ) -> None:
+        with self.file(trainer).open("a") as file:
+            for record, response in outputs:
+                file.write(json.dumps({"record": record, "response": response}, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        rank_zero_info(f"responses: {self.file(trainer)}")
 
 
 def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightning_itk.batch import Batch, count_targets, flatten, is_packed, next_token_labels, real_tokens
+from lightning_itk.batch import Batch, count_targets, flatten, is_packed, left_padded, next_token_labels, real_tokens
 from lightning_itk.checkpoint import keep_out_of_checkpoints, plain_hparams, rng_states, set_rng_state
 from lightning_itk.chunked import Head, linear_token_scores
 from lightning_itk.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
@@ -59,6 +59,7 @@ class InstructionModule(L.LightningModule):
         lr_scheduler: A schedule name of transformers (cosine, linear, constant_with_warmup, ...) or a builder that
             takes the optimizer; null keeps the learning rate constant. Stepped once per optimizer step.
         warmup: Share of all steps (below 1) or number of steps (1 and more) for a named schedule's warm-up.
+        max_new_tokens: Longest answer in the predict loop.
         impl: Loss implementation: auto takes Triton on a GPU that supports it and torch elsewhere.
         trust_remote_code: Run code that comes with the model.
     """
@@ -75,6 +76,7 @@ class InstructionModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
         lr_scheduler: LRSchedulerCallable | str | None = "cosine",
         warmup: float = 0.03,
+        max_new_tokens: int = 256,
         impl: Impl = "auto",
         trust_remote_code: bool = False,
     ) -> None:
@@ -83,6 +85,7 @@ class InstructionModule(L.LightningModule):
         if warmup < 0:
             raise ValueError(f"warmup must not be negative, got {warmup}")
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
+        self.max_new_tokens = max_new_tokens
         self.impl: Impl = impl
         self._trust_remote_code = trust_remote_code
         self.student_name = student if isinstance(student, str) else str(student.config.name_or_path)
@@ -173,7 +176,7 @@ class InstructionModule(L.LightningModule):
             sums[f"train/{name}"] = term.total
             sums[f"elements/{name}"] = targets if term.elements is None else term.elements
         for name, value in sums.items():
-            added = torch.as_tensor(value, device=total.device).detach().double()
+            added = torch.as_tensor(value).detach().double().to(total.device, non_blocking=True)
             self._window[name] = self._window[name] + added if name in self._window else added
         return total * LOSS_SCALE
 
@@ -182,6 +185,21 @@ class InstructionModule(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[int, str]]:
+        """The student's greedy answers to prompts: (sample id, text), padding left out."""
+        data = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None) or self.tokenizer
+        ids, mask = left_padded(batch)
+        generate = base_causal_lm(self.student).generate
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        answers = generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False,
+            eos_token_id=end, pad_token_id=end if pad is None else pad,
+        )  # fmt: skip
+        texts = tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True)
+        samples = batch["sample_ids"].amax(1).tolist()
+        return [(sample, text) for sample, text in zip(samples, texts, strict=True) if sample >= 0]
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         batch = self._laid_out(batch)

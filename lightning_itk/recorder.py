@@ -1,5 +1,6 @@
 """ResponseLossRecorder: what the model makes of every training sample, before training and after each epoch."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,27 +92,28 @@ def response_losses(
     Returns:
         Losses [size] float64, nan where a sample has no response token; tokens [size] int32. On every rank.
     """
-    sums = torch.zeros(2, size, dtype=torch.float64)
+    sums = torch.zeros(2, size, dtype=torch.float64, device=module.device)  # no copy to the host until the end
+    quiet = not (trainer.is_global_zero and sys.stderr.isatty())
     modes = [m for m in module.modules() if m.training]
     module.eval()
     with trainer.precision_plugin.forward_context():
-        for batch in track(loader, "scoring", disable=not trainer.is_global_zero, transient=True):
+        for batch in track(loader, "scoring", disable=quiet, transient=True):
             batch = module._laid_out(trainer.strategy.batch_to_device(batch))
             samples, nll = sample_tokens(module, batch)
-            sums[0].index_add_(0, samples, nll.double().cpu())
-            sums[1].index_add_(0, samples, torch.ones_like(nll, dtype=torch.float64).cpu())
+            sums[0].index_add_(0, samples, nll.double())
+            sums[1].index_add_(0, samples, torch.ones_like(nll, dtype=torch.float64))
     for m in modes:
         m.training = True
-    reduced = trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")
+    reduced = trainer.strategy.reduce(sums, reduce_op="sum")
     total, count = torch.as_tensor(reduced).cpu().numpy()
     with np.errstate(invalid="ignore"):
         return total / np.where(count > 0, count, np.nan), count.astype(np.int32)
 
 
 def sample_tokens(module: InstructionModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """The sample (on the CPU) and the negative log-likelihood of every response token of a batch."""
+    """The sample and the negative log-likelihood of every response token of a batch."""
     targets = next_token_labels(batch).flatten()
     rows = (targets >= 0).nonzero().flatten()
     states, head = hidden_states(module.student, batch)
     scores = linear_token_scores(states.flatten(0, 1)[rows], head, targets[rows])
-    return batch["sample_ids"].flatten()[rows].cpu(), scores.nll
+    return batch["sample_ids"].flatten()[rows], scores.nll

@@ -3,13 +3,13 @@
 import logging
 from typing import Any
 
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.imports import module_available
 
-from lightning_itk.callbacks import RunCard
+from lightning_itk.callbacks import ResponseWriter, RunCard
 from lightning_itk.data import InstructionDataModule
 from lightning_itk.module import InstructionModule
 
@@ -41,9 +41,11 @@ class InstructionCLI(LightningCLI):
             kwargs["logger"] = self._default_logger()
         callbacks = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default, kind in ((RichProgressBar, ProgressBar), (RunCard, RunCard)):
-            wanted = default is RunCard or self._get(self.config_init, "trainer.enable_progress_bar") is not False
-            if wanted and not any(isinstance(callback, kind) for callback in callbacks):
+        defaults: list[tuple[type[Callback], type[Callback]]] = [(RunCard, RunCard), (ResponseWriter, ResponseWriter)]
+        if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
+            defaults.append((RichProgressBar, ProgressBar))
+        for default, kind in defaults:
+            if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(default())
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)

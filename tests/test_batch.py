@@ -85,3 +85,9 @@ def test_select_pads_ragged_rows_with_their_own_segment():
 def test_an_empty_row_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
         b.pack([[]], pad_id=0)
+
+
+def test_left_padding_for_generation():
+    ids, mask = b.left_padded(b.pad(SAMPLES[:2], pad_id=0))
+    assert ids.tolist() == [[100, 101, 102, 103, 104], [0, 0, 0, 200, 201]]
+    assert mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]

@@ -35,8 +35,7 @@ def config(folder: str, **data) -> str:
         {
             "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, "num_sanity_val_steps": 0},
             "model": {"class_path": "lightning_itk.SFTModule", "init_args": init},
-            "data": {"train": "train.jsonl", "validation": 0.25, "batch_size": 2, "num_proc": 1, "max_length": 64}
-            | data,
+            "data": defaults | data,
         }
     )
 
@@ -76,6 +75,12 @@ def test_fit_validate_test_and_export_work_end_to_end(here, capsys, model_folder
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
     (checkpoint,) = (here / "runs").rglob("*.ckpt")
     torch.load(checkpoint, weights_only=True)
+    write(here / "prompts.jsonl", [{"prompt": "say ab"}, {"prompt": "say something longer"}, {"prompt": "x"}])
+    predict = ["--data.predict", "prompts.jsonl", "--model.init_args.max_new_tokens", "4"]
+    code, _, err = run(capsys, "predict", "--config", "c.yaml", "--ckpt_path", str(checkpoint), *predict)
+    assert code == 0, err
+    (responses,) = (here / "runs").rglob("responses.jsonl")
+    assert [json.loads(line)["record"] for line in responses.read_text().splitlines()] == [0, 1, 2]
     for stage in ("validate", "test"):
         code, out, err = run(capsys, stage, "--config", "c.yaml", "--ckpt_path", str(checkpoint))
         assert code == 0, err
