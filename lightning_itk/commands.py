@@ -16,6 +16,7 @@ from lightning_itk.choice import TeacherResponses, compatibility_adjusted_reward
 from lightning_itk.chosen import column_value, scan, text_to_embed, write_chosen
 from lightning_itk.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
 from lightning_itk.data import read_template
+from lightning_itk.export import export, load_student
 from lightning_itk.files import replacing
 from lightning_itk.generation import Generator, prompts_fingerprint, read_prompts
 from lightning_itk.generation import generate as write_responses
@@ -257,6 +258,36 @@ def generate(
     console.print(f"wrote {len(records):,} responses to {output}", soft_wrap=True, highlight=False)
     if cut or empty:
         console.print(f"{cut:,} were cut off at max_new_tokens={max_new_tokens}, {empty:,} are empty", soft_wrap=True)
+
+
+def export_checkpoint(
+    ckpt: str,
+    output: str,
+    student: str | None = None,
+    tokenizer: str | None = None,
+    dtype: DType = "auto",
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Turn a checkpoint of a training run into a Hugging Face folder: weights (adapters merged), tokenizer, template.
+
+    No teacher is loaded, and nothing in the checkpoint is executed.
+
+    Args:
+        ckpt: Checkpoint file of any module of this kit.
+        output: Folder to write; one that exists is replaced.
+        student: The folder or hub name that training began with; null = what the checkpoint says.
+        tokenizer: Folder or hub name of the tokenizer; null = the student's.
+        dtype: Precision of the saved weights; auto = as they were trained.
+        chat_template: The Jinja chat template of the data module, or a file that holds it; null = the tokenizer's,
+            else the Alpaca prompt.
+        trust_remote_code: Run code that comes with the student.
+    """
+    trained = load_student(ckpt, student, trust_remote_code=trust_remote_code)
+    words = load_tokenizer(tokenizer or trained.name, trust_remote_code=trust_remote_code)
+    ensure_chat_template(words, read_template(chat_template))
+    export(trained.model, words, output, dtype=dtype)
+    Console().print(f"wrote {output} (step {trained.step:,})", soft_wrap=True, highlight=False)
 
 
 def _one_source(given: Any, what: str) -> Source:

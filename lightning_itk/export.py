@@ -1,18 +1,19 @@
-"""Write a trained student as a folder that `AutoModelForCausalLM.from_pretrained` reads."""
+"""A trained student as a folder that `AutoModelForCausalLM.from_pretrained` reads, also out of a checkpoint."""
 
 import copy
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_itk.loading import DType
+from lightning_itk.loading import DType, LoRA, add_lora, load_causal_lm
 
 
 def export(
@@ -77,3 +78,55 @@ def export(
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{folder}: cannot be written: {reason}") from error
         raise
+
+
+class Trained(NamedTuple):
+    """A student out of a checkpoint."""
+
+    model: torch.nn.Module  # a causal LM, in a peft wrapper or not
+    name: str  # folder or hub name that training began with
+    step: int
+
+
+def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_code: bool = False) -> Trained:
+    """The student of a checkpoint of any module of this kit, built from its hyper-parameters. No teacher is loaded.
+
+    Args:
+        ckpt: the checkpoint file; read as tensors and plain values, no code in it runs.
+        student: what training began with; None = what the hyper-parameters say.
+        trust_remote_code: run code that comes with the student.
+
+    Raises:
+        ValueError: no such file, no checkpoint of this kit, or weights that do not fit the student.
+    """
+    if not Path(ckpt).exists():
+        raise ValueError(f"{ckpt}: no such checkpoint")
+    if Path(ckpt).is_dir():
+        raise ValueError(
+            f"{ckpt}: is a folder, a sharded checkpoint: make one file of it with "
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` first"
+        )
+    try:
+        content = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
+        hparams, state, step = content["hyper_parameters"], content["state_dict"], int(content["global_step"])
+        weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{ckpt}: is no checkpoint of this kit ({type(error).__name__})") from error
+    if not weights:
+        raise ValueError(f"{ckpt}: holds no weights of a student")
+    name = student or hparams.get("student")
+    if not isinstance(name, str):
+        raise ValueError(f"{ckpt}: does not say which model was trained: name it (student)")
+    model: torch.nn.Module = load_causal_lm(
+        name, dtype=hparams.get("dtype") or "auto", trust_remote_code=trust_remote_code
+    )
+    if hparams.get("lora"):
+        model = add_lora(model, LoRA(**dict(hparams["lora"])))  # type: ignore[arg-type]
+    own = model.state_dict()
+    needed = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    wrong = sorted(weights.keys() - own.keys()) or sorted(needed - weights.keys())
+    wrong = wrong or [key for key, value in weights.items() if own[key].shape != value.shape]
+    if wrong:
+        raise ValueError(f"{ckpt}: does not fit the student {name!r}, first at {wrong[0]}")
+    model.load_state_dict(weights, strict=False)
+    return Trained(model, name, step)

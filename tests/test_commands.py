@@ -3,8 +3,11 @@
 import copy
 import gzip
 import json
+import os
+import shutil
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,13 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_rewards import reward_model
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, ragged_samples
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lightning_itk as itk
 from lightning_itk import cli, clusters, commands, toy
 from lightning_itk.batch import Sample, model_inputs, next_token_labels, pad
 from lightning_itk.chat import ChatEncoder
 from lightning_itk.chosen import scan
 from lightning_itk.data import InstructionDataModule
+from lightning_itk.loading import LoRA
 from lightning_itk.rewards import RewardModel
 from lightning_itk.scores import write_scores
 from lightning_itk.sources import Source
@@ -342,3 +349,84 @@ def test_three_toy_teachers_from_generate_to_the_choice(tmp_path):
     assert rows["scholar"]["loss"] > 2 * rows["right"]["loss"]
     assert rows["right"]["tied_with"] == []
     assert rows["right"]["best"] > 0.95
+
+
+def checkpoint(module, path: Path) -> Path:
+    trainer = L.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, DataLoader([pad(ragged_samples(4), pad_id=0)] * 2, batch_size=None))
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["sft", "lora", "kd", "dae"])
+@torch.no_grad()
+def test_export_writes_the_trained_student(model_folder, tmp_path, method):
+    student = model_folder()
+    shutil.copytree(model_folder("llama", 1), tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher")
+    options = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), "lr_scheduler": None}
+    if method == "kd":
+        module: itk.InstructionModule = itk.KDModule(student, teacher, **options)
+    elif method == "dae":
+        module = itk.DAEModule(student, {"reference": teacher}, **options)
+    else:
+        if method == "lora":
+            pytest.importorskip("peft")
+        module = itk.SFTModule(student, lora=LoRA(r=2) if method == "lora" else None, **options)
+    with torch.enable_grad():
+        ckpt = checkpoint(module, tmp_path / "last.ckpt")
+    shutil.rmtree(teacher)
+    assert cli.main(["export", "--ckpt", str(ckpt), "--output", str(tmp_path / "out")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 30)[None]
+    torch.testing.assert_close(exported(ids).logits, module.student.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    before = AutoModelForCausalLM.from_pretrained(student)
+    assert not torch.allclose(exported(ids).logits, before(ids).logits, atol=1e-3)
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_export_precision_and_template(model_folder, tmp_path):
+    ckpt, student = tmp_path / "a.ckpt", model_folder()
+    module = itk.SFTModule(student)
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": {}, "global_step": 1}, ckpt)
+    more = ["--student", student, "--dtype", "bfloat16", "--chat_template", "{{ messages[0]['content'] }}"]
+    assert cli.main(["export", "--ckpt", str(ckpt), "--output", str(tmp_path / "out"), *more]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0]['content'] }}"
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_export_refuses(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    student = model_folder()
+    state = itk.SFTModule(student).state_dict()
+
+    def no(content, *more) -> str:
+        if content is not None:
+            torch.save(content, tmp_path / "a.ckpt")
+        return refused(capsys, "export", "--ckpt", tmp_path / "a.ckpt", "--output", tmp_path / "out", *more)
+
+    assert "no such checkpoint" in no(None)
+    assert "does not say which model" in no({"state_dict": state, "hyper_parameters": {}, "global_step": 1})
+    known = {"hyper_parameters": {"student": student}, "global_step": 1}
+    assert "holds no weights of a student" in no({"state_dict": {"head": torch.ones(1)}, **known})
+    assert "does not fit the student" in no({"state_dict": {**state, "student.more": torch.ones(1)}, **known})
+    first = next(iter(state))
+    assert f"first at {first.removeprefix('student.')}" in no({"state_dict": {**state, first: torch.ones(1)}, **known})
+    del state[first]
+    assert f"first at {first.removeprefix('student.')}" in no({"state_dict": state, **known})
+    assert "is no checkpoint of this kit" in no({"weights": torch.ones(1)})
+    assert "is no checkpoint of this kit" in no({"state_dict": Harmful(), **known})
+    assert not (tmp_path / "harmed").exists()
+    (tmp_path / "a.ckpt").write_text("text")
+    assert "is no checkpoint of this kit" in no(None)
+    (tmp_path / "a.ckpt").unlink()
+    (tmp_path / "a.ckpt").mkdir()
+    assert "consolidate_checkpoint" in no(None)
+    assert not (tmp_path / "out").exists()
