@@ -101,6 +101,10 @@ def run(settings: Settings) -> None:
     closeness = CLOSENESS[1:4:2] if settings.tiny else CLOSENESS
     for make, providers in ((close_heads, head_providers(settings)), (close_maps, map_providers(settings))):
         for distance in closeness:
+            if settings.over:
+                row = {"subject": "accuracy", "provider": "*", "shape": {"distance": distance}}
+                settings.add(**row, status="skipped", reason="time budget")
+                continue
             problem = make(distance, settings)
             truth = Truth.of(problem)
             for name, build in providers.items():

@@ -1,0 +1,215 @@
+"""Draw the results.
+
+    python benchmarks/pictures.py benchmarks/results/DATE-DEVICE-cpu.jsonl
+
+Beside the file: gradient error against KL, time with the floor drawn in and memory per subject, training steps, limits.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+COLOURS = {
+    "lightning_itk triton": "#c1272d",
+    "lightning_itk torch": "#e8838a",
+    "lightning_itk": "#c1272d",
+    "torch.compile": "#4c78a8",
+    "eager": "#8a8a8a",
+    "eager maps": "#8a8a8a",
+    "eager, TRL-style": "#8a8a8a",
+    "reference formulation": "#4c78a8",
+    "models alone": "#d8d8d8",
+    "bf16 logits, fp32 softmax": "#8a8a8a",
+    "bf16 scores, fp32 maps": "#8a8a8a",
+}
+OTHERS = ("#f0a43a", "#59a14f", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _colours(providers: list[str]) -> dict[str, str]:
+    others = iter(OTHERS * 9)
+    return {name: COLOURS.get(name) or next(others) for name in providers}
+
+
+def _unique(values: Any) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _caption(figure: Figure, rows: list[Row], note: str = "") -> None:
+    row = rows[0]
+    parts = [row["device"], f"torch {row['torch']}", row["date"][:10], f"commit {row['commit']}"]
+    if row["kind"] == "cpu":
+        parts.append(
+            f"{row['threads']} thread(s), load {row['load_at_start']} on {row['cores']} cores: compare, do not quote"
+        )
+    figure.text(
+        0.01, 0.005, "  ·  ".join(parts) + (f"\n{note}" if note else ""), fontsize=7, color="#555555", va="bottom"
+    )
+
+
+def accuracy(rows: list[Row]) -> Figure | None:
+    """Relative gradient error against the KL at which it was taken, both logarithmic; closer models to the right."""
+    panels = [("accuracy linear_kl", "KL from hidden states"), ("accuracy attention_kl", "attention loss")]
+    panels = [p for p in panels if any(r["subject"] == p[0] and r["status"] == "ok" for r in rows)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 4.8), squeeze=False, sharey=True)
+    for axis, (subject, title) in zip(axes[0], panels, strict=True):
+        own = [r for r in rows if r["subject"] == subject and r["status"] == "ok"]
+        colours = _colours(_unique(r["provider"] for r in own))
+        for name, colour in colours.items():
+            points = sorted((r["kl"], r["gradient_error"]) for r in own if r["provider"] == name)
+            width = 2.6 if name.startswith("lightning_itk") else 1.3
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=width, color=colour, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="KL per row (nats)", title=title)
+        axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7, loc="upper left")
+    axes[0][0].set_ylabel("relative error of the gradient, against fp64")
+    figure.suptitle("bf16 inputs: what is left of the gradient as the student closes in on its teacher", fontsize=11)
+    _caption(figure, rows, "worst of the gradients of one input; at 1 (dotted) the error is as large as the gradient")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    return figure
+
+
+def _bars(axis: Axes, rows: list[Row], value: Callable[[Row], float | None], providers: list[str], form: str) -> None:
+    colours = _colours(providers)
+    by_name = {r["provider"]: r for r in rows}
+    largest = max([v for r in rows if r["status"] == "ok" and (v := value(r)) is not None], default=1.0)
+    for place, name in enumerate(providers):
+        row = by_name.get(name)
+        number = value(row) if row is not None and row["status"] == "ok" else None
+        if number is None:
+            text = "" if row is None else "not measured" if row["status"] == "ok" else row["status"]
+            axis.text(0.01 * largest, place, text, va="center", fontsize=7, color="#777777", style="italic")
+            continue
+        axis.barh(place, number, color=colours[name], height=0.7)
+        axis.text(number, place, " " + form.format(number), va="center", fontsize=7)
+    axis.set_xlim(0, 1.25 * largest)
+    axis.set_yticks(range(len(providers)), providers, fontsize=7)
+    axis.set_ylim(len(providers) - 0.5, -0.5)
+    axis.tick_params(axis="x", labelsize=7)
+
+
+def _title(shape: dict[str, Any]) -> str:
+    hidden = {"beta", "temperature", "kept"}
+    parts = [f"{k} {v}" for k, v in shape.items() if k not in hidden and v not in (None, 1.0)]
+    return "\n".join(" · ".join(parts[i : i + 3]) for i in range(0, len(parts), 3))
+
+
+def kernels(rows: list[Row], subject: str) -> Figure | None:
+    """Forward + backward of every shape: time (the floor as a line) above, incremental memory below."""
+    own = [r for r in rows if r["subject"] == subject and r["provider"] not in ("*", "reference", "yardstick")]
+    own = [r for r in own if r["mode"] in ("forward+backward", "*")]
+    shapes = _unique(json.dumps(r["shape"]) for r in own if r["status"] == "ok")[:5]
+    if not shapes:
+        return None
+    providers = _unique(r["provider"] for r in own)
+    height = 0.27 * len(providers) + 1.3
+    figure, axes = plt.subplots(
+        2, len(shapes), figsize=(3.2 * len(shapes) + 1.6, 2 * height), squeeze=False, sharey=True
+    )
+    for column, shape in enumerate(shapes):
+        here = [r for r in own if json.dumps(r["shape"]) == shape]
+        time_axis, memory_axis = axes[0][column], axes[1][column]
+        _bars(time_axis, here, lambda r: r.get("ms"), providers, "{:.3g}")
+        floors = [r["floor_ms"] for r in here if r.get("floor_ms") is not None]
+        if floors:
+            time_axis.axvline(floors[0], color="black", linewidth=1, linestyle="--")
+        time_axis.set_title(_title(json.loads(shape)), fontsize=7)
+        time_axis.set_xlabel("ms, dashed: floor", fontsize=7)
+        _bars(memory_axis, here, lambda r: r.get("memory_mib"), providers, "{:.3g}")
+        memory_axis.set_xlabel("MiB beyond the inputs", fontsize=7)
+    figure.suptitle(f"{subject}: forward + backward", fontsize=10)
+    _caption(figure, own)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    return figure
+
+
+def steps(rows: list[Row]) -> Figure | None:
+    """Tokens per second and peak memory of whole training steps."""
+    own = [r for r in rows if r["subject"] == "training_step" and r["provider"] != "*"]
+    methods = _unique(r["shape"]["method"] for r in own)
+    if not methods:
+        return None
+    figure, axes = plt.subplots(2, len(methods), figsize=(2.3 * len(methods) + 1.6, 4.4), squeeze=False, sharey=True)
+    providers = _unique(r["provider"] for r in own)
+    for column, method in enumerate(methods):
+        here = [r for r in own if r["shape"]["method"] == method]
+        _bars(axes[0][column], here, lambda r: r.get("tokens_per_s"), providers, "{:,.0f}")
+        axes[0][column].set_title(method, fontsize=8)
+        axes[0][column].set_xlabel("tokens / s", fontsize=7)
+        _bars(axes[1][column], here, lambda r: r.get("memory_mib"), providers, "{:.3g}")
+        axes[1][column].set_xlabel("MiB beyond weights and optimizer", fontsize=7)
+    figure.suptitle("one training step", fontsize=10)
+    _caption(figure, own)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    return figure
+
+
+def limits(rows: list[Row]) -> Figure | None:
+    """The largest size that fitted, on a logarithmic axis."""
+    own = [r for r in rows if r["subject"] == "limits" and r["status"] == "ok" and r.get("largest")]
+    subjects = _unique(r["shape"]["subject"] for r in own)
+    if not subjects:
+        return None
+    figure, axes = plt.subplots(1, len(subjects), figsize=(5.6 * len(subjects), 2.8), squeeze=False)
+    for axis, subject in zip(axes[0], subjects, strict=True):
+        here = [r for r in own if r["shape"]["subject"] == subject]
+        colours = _colours([r["provider"] for r in here])
+        for place, row in enumerate(here):
+            axis.barh(place, row["largest"], color=colours[row["provider"]], height=0.7)
+            axis.text(
+                row["largest"], place, f" {row['largest']:,}, until {row['stopped']}"[:60], va="center", fontsize=7
+            )
+        axis.set_yticks(range(len(here)), [r["provider"] for r in here], fontsize=7)
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(min(r["largest"] for r in here) / 2, max(r["largest"] for r in here) * 64)
+        axis.set(title=f"{subject}: {here[0]['shape']['unit']}")
+        axis.invert_yaxis()
+    figure.suptitle("how far it goes", fontsize=10)
+    _caption(figure, own)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    return figure
+
+
+def draw(path: Path, output: Path | None = None) -> list[Path]:
+    """All pictures that the results allow, as PNG files named after the result file."""
+    rows, drawn = read(path), []
+    figures = {"accuracy": accuracy(rows), "training_step": steps(rows), "limits": limits(rows)}
+    figures |= {subject: kernels(rows, subject) for subject in ("linear_kl", "linear_ce", "kl_logits", "attention_kl")}
+    for name, figure in figures.items():
+        if figure is not None:
+            target = (output or path.parent) / f"{path.stem}-{name}.png"
+            figure.savefig(target, dpi=140)
+            plt.close(figure)
+            drawn.append(target)
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, help="folder of the pictures; default: beside the results")
+    options = parser.parse_args()
+    for path in options.results:
+        for picture in draw(path, options.output):
+            print(picture)
+
+
+if __name__ == "__main__":
+    main()
