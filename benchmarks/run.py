@@ -73,6 +73,8 @@ def main(arguments: list[str] | None = None) -> Path:
     if options.full and not torch.cuda.is_available():
         parser.exit(1, "run.py: --full needs a GPU that torch can use; --cpu runs what a CPU can say\n")
     device = "cuda" if options.full else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)  # one thread's processor time can be compared on a machine that others use
     budget = options.budget or (420 if options.full else 900)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -50,7 +50,7 @@ def _model(hidden: int, layers: int, heads: int, key_heads: int, head: int, feed
 
 
 TINY = Size(4, 24, 300, _model(32, 4, 4, 2, 8, 48), _model(48, 4, 4, 2, 8, 64), torch.float32, 0.3)
-CPU = Size(4, 192, 8192, _model(96, 4, 4, 2, 32, 256), _model(160, 6, 8, 2, 32, 384), torch.float32)
+CPU = Size(4, 128, 4096, _model(96, 4, 4, 2, 32, 256), _model(160, 6, 8, 2, 32, 384), torch.float32)
 FULL = Size(  # 1.1 and 3.2 billion parameters
     4, 2048, 151936, _model(2048, 16, 16, 8, 128, 6144), _model(2560, 28, 32, 8, 128, 9728), torch.bfloat16
 )
