@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
 from lightning_itk.kernels import launch
 from lightning_itk.kernels.attention import attention_kl
 from lightning_itk.kernels.kl import kl_rows

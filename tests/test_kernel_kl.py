@@ -56,7 +56,8 @@ def check(student, teacher, labels=None, *, kind="forward", beta=0.5, temperatur
     rows = kl_rows(student, teacher, labels, kind=kind, beta=beta, temperature=temperature)
     rows.backward(upstream)
     torch.testing.assert_close(rows.double(), expected.detach(), rtol=1e-5, atol=5e-6 * temperature**2)
-    assert student.grad is not None and exact.grad is not None
+    assert student.grad is not None
+    assert exact.grad is not None
     error = (student.grad.double() - exact.grad).norm() / exact.grad.norm().clamp_min(1e-12)
     assert error < tolerance, f"relative gradient error {error:.1e}"
     assert bool((student.grad[~kept] == 0).all())
@@ -105,7 +106,8 @@ def test_ignored_rows_are_never_read(kind):
     poisoned = student.masked_fill((labels == -100)[:, None], float("nan")).requires_grad_()
     loss = kl_divergence(poisoned, teacher, labels, kind=kind)
     loss.backward()
-    assert poisoned.grad is not None and bool(poisoned.grad.isfinite().all() & loss.isfinite())
+    assert poisoned.grad is not None
+    assert bool(poisoned.grad.isfinite().all() & loss.isfinite())
 
 
 @inside
@@ -113,7 +115,9 @@ def test_all_rows_ignored():
     student = torch.randn(4, 65, requires_grad=True)
     loss = kl_divergence(student, torch.randn(4, 65), torch.full((4,), -100))
     loss.backward()
-    assert loss.item() == 0 and student.grad is not None and not student.grad.any()
+    assert loss.item() == 0
+    assert student.grad is not None
+    assert not student.grad.any()
 
 
 @inside
@@ -134,7 +138,9 @@ def test_tokens_that_neither_model_has(kind):
     rows = kl_rows(student, teacher, kind=kind)
     rows.sum().backward()
     torch.testing.assert_close(rows, reference(student[:, :70].detach(), teacher[:, :70], kind, 0.5, 1.0))
-    assert student.grad is not None and bool(student.grad.isfinite().all()) and not student.grad[:, 70:].any()
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())
+    assert not student.grad[:, 70:].any()
 
 
 @inside
@@ -154,8 +160,10 @@ def test_in_place_writes_the_gradient_over_the_logits():
     logits = own * 1.0
     rows = kl_rows(logits, teacher, kind="reverse", in_place=True)
     rows.backward(torch.arange(4.0), retain_graph=True)
-    assert leaf.grad is not None and own.grad is not None
-    assert torch.equal(own.grad, leaf.grad) and torch.equal(logits.detach(), leaf.grad)
+    assert leaf.grad is not None
+    assert own.grad is not None
+    assert torch.equal(own.grad, leaf.grad)
+    assert torch.equal(logits.detach(), leaf.grad)
     with pytest.raises(RuntimeError, match="second backward"):
         rows.backward(torch.arange(4.0))
 

@@ -89,7 +89,9 @@ def check(h: Heads, labels=None, *, tolerance=2e-5, scratch=2 << 30, upstream=1.
     for a, b, c in zip(found, evaluated, expected, strict=True):
         torch.testing.assert_close(a.double(), c.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(b.double(), c.detach(), rtol=1e-4, atol=1e-5)
-    assert found[0].requires_grad and not found[1].requires_grad and not found[2].requires_grad
+    assert found[0].requires_grad
+    assert not found[1].requires_grad
+    assert not found[2].requires_grad
     (found[0] * upstream).backward()
     for name, a, b in zip(("hidden", "weight", "bias"), leaves, exact, strict=True):
         if a is not None:
@@ -130,7 +132,8 @@ def test_student_close_to_a_sharp_teacher(kind):
 @pytest.mark.parametrize(("v", "teacher_v"), [(80, 66), (66, 80)])
 def test_vocabularies_of_different_size(v, teacher_v):
     leaves = check(heads(n=4, v=v, teacher_v=teacher_v), torch.tensor([0, 65, -100, 7]), biases=True, ce_weight=0.5)
-    assert not leaves[1].grad[66:].any() and not leaves[2].grad[66:].any()
+    assert not leaves[1].grad[66:].any()
+    assert not leaves[2].grad[66:].any()
 
 
 @inside
@@ -164,7 +167,8 @@ def test_all_rows_ignored():
         assert [x.item() for x in sums] == [0, 0, 0]
         if training:
             sums[0].backward()
-    assert not hidden.grad.any() and not weight.grad.any()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
 
 
 @inside
