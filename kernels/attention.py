@@ -77,7 +77,7 @@ def attention_kl(
     if (lse_student is None) != (lse_teacher is None):
         raise ValueError("attention_kl: lse_student and lse_teacher come together or not at all")
     head_map, fixed = _head_map(head_map, heads, k_s.shape[1], q_t.shape[1], k_t.shape[1], q_s.device)
-    given = ()
+    given: tuple[Tensor, ...] = ()
     if lse_student is not None and lse_teacher is not None:
         given = (_log2(lse_student, row_mask), _log2(lse_teacher[:, head_map], row_mask))
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (q_s, k_s)]

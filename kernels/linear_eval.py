@@ -218,7 +218,8 @@ def evaluate(
     xt, wt, bt = teacher if teacher is not None else (xs, ws, bs)
     n, device = xs.shape[0], xs.device
     if n == 0:
-        return torch.zeros(2, 0, dtype=torch.float32, device=device).unbind()
+        nothing = torch.zeros(0, dtype=torch.float32, device=device)
+        return nothing, nothing.clone()
     arch = architecture(device)
     plain = kind in ("forward", "reverse") and bs is None and bt is None and not (student_cap or teacher_cap)
     block_m, block_n, block_k, warps, stages = eval_tile(arch, max(xs.element_size(), xt.element_size()), plain)

@@ -6,6 +6,7 @@ gradients `linear_eval.py` runs instead and keeps no logits at all. README.md ha
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,8 +159,10 @@ def linear_loss(
     """Loss, CE sum, KL sum, and the gradients of the loss by hidden, weight and bias (empty where not wanted)."""
     n, width = hidden.shape
     v = weight.shape[0] if teacher_weight is None else min(weight.shape[0], teacher_weight.shape[0])
-    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_weight, teacher_bias)
-    options = {
+    teacher: Head | None = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    options: dict[str, Any] = {
         "v": v,
         "kind": kind,
         "beta": beta,
@@ -197,8 +200,8 @@ def linear_loss(
                 size = chunk.stop - start
                 part = dz[chunk] if keep else dz[:size]
                 _matmul(hidden[chunk], weight[:v].t(), z_s[:size, :v])
-                if teacher is not None:
-                    _matmul(teacher_hidden[chunk], teacher_weight[:v].t(), z_t[:size, :v])
+                if teacher is not None and z_t is not None:
+                    _matmul(teacher[0][chunk], teacher[1][:v].t(), z_t[:size, :v])
                 token_loss(
                     z_s[:size],
                     None if z_t is None else z_t[:size],

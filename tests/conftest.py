@@ -5,7 +5,6 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-
 torch.set_num_threads(1)  # the models are tiny; threads only fight over the cores
 
 
