@@ -69,6 +69,13 @@ def text_to_embed(record: Record, _: Any) -> str:
     return cluster_text(_said(record.messages, "user"), _said(record.messages, "assistant"))
 
 
+def check_output(path: str | Path, sources: Sequence[Source]) -> None:
+    """Refuse to write over the data themselves. Raises DataError."""
+    for source in sources:
+        if source.is_file and Path(source.path).expanduser().resolve() == Path(path).resolve():
+            raise DataError(f"{path}: is the data itself, write the chosen records to another file")
+
+
 def write_chosen(path: str | Path, sources: Sequence[Source], chosen: ArrayLike) -> None:
     """Write records as JSON Lines, as they were read and in their order; complete or not at all.
 
@@ -78,11 +85,8 @@ def write_chosen(path: str | Path, sources: Sequence[Source], chosen: ArrayLike)
         chosen: record numbers over all sources.
 
     Raises:
-        DataError: the file is one of the sources, or cannot be written.
+        ValueError: the file cannot be written.
     """
-    for source in sources:
-        if source.is_file and Path(source.path).expanduser().resolve() == Path(path).resolve():
-            raise DataError(f"{path}: is the data itself, write the chosen records to another file")
     wanted: NDArray[np.int64] = np.unique(np.asarray(chosen, np.int64))
     with replacing(path) as file:
         first = 0

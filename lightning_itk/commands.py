@@ -13,7 +13,7 @@ from rich.console import Console
 from lightning_itk.candidates import Missing, in_order, read_candidates, response_statistics
 from lightning_itk.chat import ChatEncoder, ensure_chat_template
 from lightning_itk.choice import TeacherResponses, compatibility_adjusted_reward, rank_teachers
-from lightning_itk.chosen import column_value, scan, text_to_embed, write_chosen
+from lightning_itk.chosen import check_output, column_value, scan, text_to_embed, write_chosen
 from lightning_itk.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
 from lightning_itk.data import read_template
 from lightning_itk.export import export, load_student
@@ -37,7 +37,7 @@ def select(
     data: Sources,
     output: str,
     fraction: float = 0.1,
-    metric: Metric | Literal["random"] = "lp_app",
+    metric: Literal["lp_app", "lp", "loss", "length", "random"] = "lp_app",
     order: Order = "lowest",
     clusters: int | str | None = None,
     embedder: str = DEFAULT_EMBEDDER,
@@ -60,6 +60,11 @@ def select(
     sources, console = as_sources(data), Console()
     if len({(str(source.columns), source.teacher) for source in sources}) > 1:
         raise DataError("the sources differ in columns or teacher, which one output file cannot tell: select from each")
+    if not 0 < fraction <= 1 or (isinstance(clusters, int) and clusters < 1):
+        raise ValueError(
+            f"fraction must be above 0 and at most 1, clusters at least 1, found {fraction} and {clusters}"
+        )
+    check_output(output, sources)
     ranked: Metric = "loss" if metric == "random" else metric
     read_meta(scores)  # what is wrong with the small file shows before the large ones are read
     keep = text_to_embed if isinstance(clusters, int) else None
@@ -69,6 +74,9 @@ def select(
     recorded = read_scores(scores, epochs=epochs_needed(ranked))
     check_records(recorded, found.fingerprint)
     values = sample_scores(ranked, recorded.losses, recorded.tokens)
+    defined = int((~np.isnan(values)).sum())
+    if round(fraction * defined) == 0:
+        raise DataError(f"{scores}: nothing is chosen: fraction {fraction} of {defined} records with a score")
     labels = None
     if isinstance(clusters, int):
         labels = _clustered(Path(output), recorded, found.kept, ~np.isnan(values), clusters, embedder, seed, console)
@@ -79,8 +87,6 @@ def select(
     chosen = select_samples(
         values, fraction, clusters=labels, order="random" if metric == "random" else order, seed=seed
     )
-    if not len(chosen):
-        raise DataError(f"{scores}: nothing is chosen: fraction {fraction} of {int((~np.isnan(values)).sum())} records")
     summary = describe(values, recorded.tokens, chosen, seed=seed + 1)
     write_chosen(output, sources, recorded.record[chosen])
     rule = "random" if metric == "random" else f"{order} {metric}"
@@ -310,6 +316,8 @@ def _clustered(
     output: Path, recorded: Scores, texts: list[str], defined: Any, count: int, embedder: str, seed: int, console: Any
 ) -> np.ndarray:
     """k-means clusters of the scored records, also written beside the output so that they need not be made again."""
+    if find_spec("sklearn") is None:  # known before the embedding, which takes longest
+        raise ImportError("clustering needs scikit-learn: pip install 'lightning-itk[cluster]'")
     rows = np.flatnonzero(defined)
     vectors = embed([texts[record] for record in recorded.record[rows]], embedder, progress=console.is_terminal)
     labels = np.full(len(defined), -1, np.int64)
