@@ -51,13 +51,11 @@ def _unique(values: Any) -> list[Any]:
 def _caption(figure: Figure, rows: list[Row], note: str = "") -> None:
     row = rows[0]
     parts = [row["device"], f"torch {row['torch']}", row["date"][:10], f"commit {row['commit']}"]
+    lines = ["  ·  ".join(parts)] + [note] * bool(note)
     if row["kind"] == "cpu":
-        parts.append(
-            f"{row['threads']} thread(s), load {row['load_at_start']} on {row['cores']} cores: compare, do not quote"
-        )
-    figure.text(
-        0.01, 0.005, "  ·  ".join(parts) + (f"\n{note}" if note else ""), fontsize=7, color="#555555", va="bottom"
-    )
+        busy = f"load {row['load_at_start']} on {row['cores']} cores"
+        lines.append(f"processor time of {row['threads']} thread(s), {busy}: compare, do not quote")
+    figure.text(0.01, 0.005, "\n".join(lines), fontsize=7, color="#555555", va="bottom")
 
 
 def accuracy(rows: list[Row]) -> Figure | None:
@@ -82,7 +80,7 @@ def accuracy(rows: list[Row]) -> Figure | None:
     axes[0][0].set_ylabel("relative error of the gradient, against fp64")
     figure.suptitle("bf16 inputs: what is left of the gradient as the student closes in on its teacher", fontsize=11)
     _caption(figure, rows, "worst of the gradients of one input; at 1 (dotted) the error is as large as the gradient")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     return figure
 
 
@@ -136,7 +134,7 @@ def kernels(rows: list[Row], subject: str) -> Figure | None:
         memory_axis.set_xlabel("MiB beyond the inputs", fontsize=7)
     figure.suptitle(f"{subject}: forward + backward", fontsize=10)
     _caption(figure, own)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return figure
 
 
@@ -157,7 +155,7 @@ def steps(rows: list[Row]) -> Figure | None:
         axes[1][column].set_xlabel("MiB beyond weights and optimizer", fontsize=7)
     figure.suptitle("one training step", fontsize=10)
     _caption(figure, own)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return figure
 
 
@@ -183,7 +181,7 @@ def limits(rows: list[Row]) -> Figure | None:
         axis.invert_yaxis()
     figure.suptitle("how far it goes", fontsize=10)
     _caption(figure, own)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     return figure
 
 
