@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure
+from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.attention import attention_kl
@@ -42,7 +42,7 @@ FULL = [  # 16k tokens each, as far as they go
     Shape(2, 8192, 32, 4, 128, 128, documents=8),
     Shape(8, 2048, 32, 4, 64, 128),
     Shape(2, 8192, 32, 4, 128, 128, window=1024),
-    Shape(32, 512, 32, 4, 128, 128, compiled=True),
+    Shape(32, 512, 32, 4, 128, 128),
     Shape(1, 16384, 32, 8, 128, 128),
     Shape(8, 2048, 16, 1, 128, 128),
     Shape(8, 2048, 16, 8, 64, 64),
@@ -192,7 +192,7 @@ def eager_maps(problem: Problem, map_dtype: torch.dtype | None = None) -> Loss:
 
 def compiled_maps(problem: Problem, settings: Settings) -> Loss:
     window = problem.shape["window"]
-    run: Callable[..., Tensor] = compiled(lambda x: eager_value(x, window), problem, settings)
+    run: Callable[..., Tensor] = compiled(lambda x: eager_value(x, window), settings)
     names = ("q_student", "k_student", "q_teacher", "k_teacher", "row_mask", "document")
     return lambda x: run({name: x[name] for name in names})
 
@@ -274,5 +274,4 @@ def providers(settings: Settings) -> dict[str, Provider]:
 def run(settings: Settings) -> None:
     shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    for shape in shapes:
-        measure(problem(shape, dtype, settings.device), providers(settings), settings)
+    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)

@@ -80,7 +80,6 @@ class Bench:
             "subject": "data_path",
             "provider": provider,
             "mode": what,
-            "dtype": None,
             "shape": {"what": what, **shape},
         }
         if self.settings.over:

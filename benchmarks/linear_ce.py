@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure
+from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.losses import linear_cross_entropy
@@ -80,7 +80,7 @@ def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
     def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
 
-    run = whole if settings is None else compiled(whole, problem, settings)
+    run = whole if settings is None else compiled(whole, settings)
     return lambda x: run(x["hidden"], x["head"], x["labels"])
 
 
@@ -116,5 +116,4 @@ def providers(settings: Settings) -> dict[str, Provider]:
 def run(settings: Settings) -> None:
     shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    for shape in shapes:
-        measure(problem(shape, dtype, settings.device), providers(settings), settings)
+    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)

@@ -7,7 +7,7 @@ that can go wrong (not installed, out of memory, an exception) becomes a row tha
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,18 @@ class Truth:
         (gradient,) = torch.autograd.grad(value, leaf, torch.full_like(value, 1 / problem.kept))
         self.full, self.rows = full, rows.to(leaf.device)
         self.row_gradient = gradient.index_select(problem.row_axis, self.rows)
+
+
+def measure_all(problems: Iterable[Problem], providers: Mapping[str, Provider], settings: Settings) -> None:
+    """All problems with everything that starts at once; then, in what time is left, what has to be compiled."""
+    problems = list(problems)
+    slow = {name: build for name, build in providers.items() if name in ("torch.compile", "liger chunked JSD")}
+    quick = {name: build for name, build in providers.items() if name not in slow}
+    for problem in problems:
+        measure(problem, quick, settings)
+    for problem in problems:
+        if problem.compiled or settings.tiny:
+            measure(problem, slow, settings)
 
 
 def check(loss: Loss, problem: Problem, truth: Truth) -> dict[str, Any]:
@@ -294,10 +306,8 @@ def floor(problem: Problem, mode: str, ms: float, device: str) -> dict[str, floa
     }
 
 
-def compiled(function: Callable[..., Any], problem: Problem, settings: Settings) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """torch.compile, in the tiny form without the code generator (whose start-up would be all there is to see)."""
     if settings.tiny:
         return torch.compile(function, backend="aot_eager", dynamic=False)
-    if not problem.compiled:
-        raise Unavailable("torch.compile is timed at some shapes only, to keep the run short")
     return torch.compile(function, dynamic=False)
