@@ -11,7 +11,7 @@ import torch
 from measure import Problem, Provider, Settings, Unavailable, call, visible_memory
 from memory import peak_mib
 
-CPU_MIB = 256  # a CPU run stops here instead of filling the machine
+CPU_MIB = 1024  # a CPU run stops here instead of filling the machine
 
 
 def tokens(count: int, settings: Settings) -> Problem:
@@ -30,25 +30,26 @@ def _dtype(settings: Settings) -> torch.dtype:
 
 
 def run(settings: Settings) -> None:
+    first = 64 if settings.tiny else 1024 if settings.device == "cuda" else 512
     subjects = {
-        "linear_kl": (tokens, linear_kl.providers(settings), 1024, "tokens"),
-        "attention_kl": (length, attention_kl.providers(settings), 1024, "length"),
+        "linear_kl": (tokens, linear_kl.providers(settings), "tokens"),
+        "attention_kl": (length, attention_kl.providers(settings), "length"),
     }
-    for subject, (make, providers, first, unit) in subjects.items():
+    for subject, (make, providers, unit) in subjects.items():
         for name, build in providers.items():
             row = {"subject": "limits", "provider": name, "shape": {"subject": subject, "unit": unit}}
             if not visible_memory(name, settings.device) or name.startswith(("torch.compile", "liger chunked")):
                 reason = "a new shape at every step would only time the compiler"
                 settings.add(**row, status="not available", reason=reason)
                 continue
-            _climb(row, partial(make, settings=settings), build, 64 if settings.tiny else first, settings)
+            _climb(row, partial(make, settings=settings), build, first, settings)
 
 
 def _climb(
     row: dict[str, Any], make: Callable[[int], Problem], build: Provider, first: int, settings: Settings
 ) -> None:
     """Double the size until memory, time or patience ends; the row holds the last size that fitted."""
-    cap, seconds = (2 * first, 5.0) if settings.tiny else (2**20, 3.0 if settings.device == "cuda" else 10.0)
+    cap, seconds = (2 * first, 5.0) if settings.tiny else (2**20, 3.0 if settings.device == "cuda" else 15.0)
     size, fitted, peak, stopped = first, 0, 0.0, "cap"
     while size <= cap:
         problem = inputs = step = None
