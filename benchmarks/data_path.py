@@ -300,7 +300,7 @@ def scoring(
 
 def run(settings: Settings) -> None:
     bench = Bench(settings)
-    count, vocab, max_length = (40, 400, 256) if settings.tiny else (3000, 8000, 1024)
+    count, vocab, max_length = (40, 400, 256) if settings.tiny else (1000, 8000, 1024)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path, data = _records(Path(folder), count)
         tokenizer = _tokenizer(path, vocab)

@@ -11,7 +11,7 @@ import torch
 from measure import Problem, Provider, Settings, Unavailable, call, visible_memory
 from memory import peak_mib
 
-CPU_MIB = 1024  # a CPU run stops here instead of filling the machine
+CPU_MIB = 2048  # a CPU run stops here instead of filling the machine
 
 
 def tokens(count: int, settings: Settings) -> Problem:

@@ -68,10 +68,15 @@ def accuracy(rows: list[Row]) -> Figure | None:
     for axis, (subject, title) in zip(axes[0], panels, strict=True):
         own = [r for r in rows if r["subject"] == subject and r["status"] == "ok"]
         colours = _colours(_unique(r["provider"] for r in own))
-        for name, colour in colours.items():
+        for number, (name, colour) in enumerate(colours.items()):
             points = sorted((r["kl"], r["gradient_error"]) for r in own if r["provider"] == name)
             width = 2.6 if name.startswith("lightning_itk") else 1.3
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=width, color=colour, label=name)
+            style = {
+                "marker": "osD^v"[number % 5],
+                "markersize": 9 - 1.5 * number,
+                "dashes": (8, number),
+            }  # some coincide
+            axis.plot(*zip(*points, strict=True), linewidth=width, color=colour, label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="KL per row (nats)", title=title)
         axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
         axis.invert_xaxis()
