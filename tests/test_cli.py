@@ -204,3 +204,16 @@ def test_other_tokenizer_and_unknown_teacher_tag(here, capsys, model_folder, tmp
     text["data"]["train"] = [{"path": "train.jsonl", "teacher": "wizard"}]
     (here / "dae.yaml").write_text(json.dumps(text))
     assert "teacher 'wizard'" in error_of(capsys, "fit", "--config", "dae.yaml")
+
+
+def test_a_subclass_beside_the_configuration_is_found(here, capsys, model_folder):
+    (here / "my_sft.py").write_text(
+        "import lightning_itk as itk\n\n\nclass MySFT(itk.SFTModule):\n"
+        "    def __init__(self, student: str, *, scale: float = 1.0, **kwargs):\n"
+        "        super().__init__(student, **kwargs)\n        self.scale = scale\n"
+    )
+    (here / "c.yaml").write_text(config(model_folder("llama")).replace("lightning_itk.SFTModule", "my_sft.MySFT"))
+    extra = ["--model.init_args.scale", "2.0", "--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed"]
+    code, out, err = run(capsys, "fit", "--config", "c.yaml", *extra)
+    assert code == 0, err
+    assert "MySFT" in out

@@ -32,6 +32,12 @@ def test_packed_logits_equal_unpacked_logits(arch):
     torch.testing.assert_close(together[b.real_tokens(packed)], apart[b.real_tokens(padded)], rtol=1e-4, atol=1e-5)
 
 
+def test_the_packing_check_is_not_fooled_by_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_packing(tiny_model("llama"))
+    check_packing(tiny_model("llama").bfloat16())
+
+
 def test_a_model_that_mixes_packed_samples_is_refused_by_name():
     """transformers' OPT makes its own mask and does not look at the positions."""
     with pytest.raises(ValueError, match=r"OPTForCausalLM lets packed samples see each other.*packing: false"):

@@ -42,6 +42,7 @@ def test_kd_is_the_published_loss_on_shifted_rows(packed):
     maps = [torch.stack(out.attentions).double().transpose(1, 2) for out in outs]  # [layers, H, B, S, S]
     q, p = (m[:, :, rows].clamp_min(1e-30) for m in maps)
     expected = (p * (p.log() - q.log())).sum(-1).mean(dim=(0, 1)).sum()
+    assert expected > 1
     assert terms["attention"].total.item() == pytest.approx(expected.item(), rel=1e-4)
 
 

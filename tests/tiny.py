@@ -35,7 +35,12 @@ def tiny_model(arch: str = "llama", seed: int = 0, **changes):
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(arch, **{**SIZES, **EXTRA[arch], **changes})
-    return AutoModelForCausalLM.from_config(config).float().eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                weight.mul_(10)  # attention maps that are far from uniform
+    return model
 
 
 def byte_tokenizer(extra: tuple[str, ...] = ()):
