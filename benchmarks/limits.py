@@ -49,7 +49,7 @@ def _climb(
     row: dict[str, Any], make: Callable[[int], Problem], build: Provider, first: int, settings: Settings
 ) -> None:
     """Double the size until memory, time or patience ends; the row holds the last size that fitted."""
-    cap, seconds = (2 * first, 5.0) if settings.tiny else (2**20, 3.0 if settings.device == "cuda" else 15.0)
+    cap, seconds = (2 * first, 5.0) if settings.tiny else (2**20, 3.0 if settings.device == "cuda" else 8.0)
     size, fitted, peak, stopped = first, 0, 0.0, "cap"
     while size <= cap:
         problem = inputs = step = None
@@ -78,8 +78,11 @@ def _climb(
             stopped = f"more than {CPU_MIB} MiB"
             break
         fitted, peak = size, mib
-        if taken > seconds or settings.over:
-            stopped = "time"
+        if taken > seconds:
+            stopped = f"a call takes more than {seconds:.0f} s"
+            break
+        if settings.over:
+            stopped = "the time budget ends"
             break
         size *= 2
     settings.add(**row, status="ok", largest=fitted, memory_mib=peak, stopped=stopped)
