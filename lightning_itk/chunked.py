@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
 
-CHUNK_ELEMENTS = 2**25  # fp32 logits of one chunk: 128 MiB
+CHUNK_ELEMENTS = 2**24  # fp32 logits of one chunk: 64 MiB; a handful of such tensors live at once
 
 
 class Head(NamedTuple):
@@ -48,7 +48,7 @@ class Head(NamedTuple):
 
 
 def chunk_rows(vocab: int) -> int:
-    """Rows per chunk, for a few hundred MiB of temporaries whatever the vocabulary."""
+    """Rows per chunk, so that its tensors have about CHUNK_ELEMENTS each whatever the vocabulary."""
     return max(16, CHUNK_ELEMENTS // vocab)
 
 
@@ -139,6 +139,28 @@ def chunked_rows(
     )
 
 
+def _one_chunk(
+    row_loss: ChunkLoss,
+    hidden: Tensor,
+    student: Head | None,
+    teacher_hidden: Tensor | None,
+    teacher: Head | None,
+    labels: Tensor,
+    wide: torch.dtype,
+    need_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss and parts of some rows, and the gradient by hidden @ weight.T. All else is gone when it returns."""
+    teacher_logits = None
+    if teacher_hidden is not None:
+        teacher_logits = teacher_hidden.to(wide) if teacher is None else project(teacher_hidden, teacher)
+    with torch.set_grad_enabled(need_logits), torch.autocast(hidden.device.type, enabled=False):
+        raw = hidden.to(wide) if student is None else _product(hidden, student.weight)
+        raw = raw.detach().requires_grad_(need_logits)
+        loss, parts = row_loss(raw if student is None else _shape_logits(raw, student), teacher_logits, labels)
+        gradient = torch.autograd.grad(loss, raw)[0] if need_logits else None
+    return loss.detach(), parts.detach(), gradient
+
+
 class _ChunkedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, row_loss, head, teacher_hidden, teacher_head, labels, parts, with_grad):
@@ -156,21 +178,13 @@ class _ChunkedRows(torch.autograd.Function):
         size = chunk_rows(hidden.shape[1] if head is None else head.weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
-            teacher_logits = None
-            if teacher_hidden is not None:
-                teacher_logits = (
-                    teacher_hidden[rows].to(wide) if teacher is None else project(teacher_hidden[rows], teacher)
-                )
-            with torch.set_grad_enabled(need_logits), torch.autocast(hidden.device.type, enabled=False):
-                raw = hidden[rows].to(wide) if student is None else _product(hidden[rows], student.weight)
-                raw = raw.detach().requires_grad_(need_logits)
-                logits = raw if student is None else _shape_logits(raw, student)
-                chunk_loss, chunk_parts = row_loss(logits, teacher_logits, labels[rows])
-                if need_logits:
-                    (d_raw,) = torch.autograd.grad(chunk_loss, raw)
-            loss += chunk_loss.detach()
-            sums += chunk_parts.detach()
-            if not need_logits:
+            teacher_rows = None if teacher_hidden is None else teacher_hidden[rows]
+            chunk_loss, chunk_parts, d_raw = _one_chunk(
+                row_loss, hidden[rows], student, teacher_rows, teacher, labels[rows], wide, need_logits
+            )
+            loss += chunk_loss
+            sums += chunk_parts
+            if d_raw is None:
                 continue
             # `scale` is inside _shape_logits, so d_raw is already the gradient of hidden @ weight.T.
             if student is None:
@@ -185,6 +199,7 @@ class _ChunkedRows(torch.autograd.Function):
                     d_hidden[rows] = torch.mm(d_raw, student.weight).to(hidden.dtype)
                 if d_weight is not None:
                     d_weight += _product(d_raw.t(), hidden[rows].to(d_raw.dtype).t())
+            del d_raw  # before the next chunk is made
 
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype

@@ -22,8 +22,9 @@ def divergence_rows(
     forward: KL(teacher || student). reverse: KL(student || teacher). jsd, with M = beta * teacher + (1 - beta) *
     student: beta * KL(teacher || M) + (1 - beta) * KL(student || M), which is 0 at beta 0 and 1.
     """
-    log_q = F.log_softmax(student_logits / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
+    if temperature != 1.0:
+        student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+    log_q, log_p = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
     if kind == "forward":
         rows = _kl(log_p, log_q)
     elif kind == "reverse":

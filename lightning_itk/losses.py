@@ -111,12 +111,14 @@ def kl_divergence(
         from lightning_itk.kernels.kl import kl_divergence as fused
 
         return fused(student, teacher, labels, kind=kind, beta=beta, temperature=temperature)
+    student, teacher = student[:, :vocab], teacher[:, :vocab]
     if labels is None:
         labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
+    else:
+        keep = (labels != IGNORE_INDEX).nonzero().flatten()
+        student, teacher, labels = student[keep], teacher[keep], labels[keep]
     row_loss = partial(_kl_rows, kind=kind, beta=beta, temperature=temperature)
-    keep = (labels != IGNORE_INDEX).nonzero().flatten()
-    student, teacher = student[keep, :vocab], teacher[keep, :vocab]
-    return chunked_rows(row_loss, student, None, teacher, None, labels[keep])[0]
+    return chunked_rows(row_loss, student, None, teacher, None, labels)[0]
 
 
 def _kl_rows(student: Tensor, teacher: Tensor | None, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
