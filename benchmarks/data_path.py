@@ -104,11 +104,14 @@ def _quiet() -> Iterator[None]:
 
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    lightning = logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    lightning.setLevel(logging.ERROR)
     disable_progress_bar()
     try:
         yield
     finally:
+        lightning.setLevel(level)
         enable_progress_bar()
 
 

@@ -41,7 +41,8 @@ def logits(model, batch):
 def test_best_and_last_are_plain_transformers_folders(tmp_path, model_folder, lora):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = itk.SFTModule(model_folder("llama"), lora=lora, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    torch.manual_seed(0)
+    model = itk.SFTModule(model_folder("llama"), lora=lora, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     fit(model, tmp_path, HFExport(str(tmp_path / "out")))
     (batch,) = list(loader())[:1]
     for name in ("best", "last"):
