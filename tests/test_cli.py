@@ -217,3 +217,15 @@ def test_a_subclass_beside_the_configuration_is_found(here, capsys, model_folder
     code, out, err = run(capsys, "fit", "--config", "c.yaml", *extra)
     assert code == 0, err
     assert "MySFT" in out
+
+
+@pytest.mark.parametrize("where", ["yaml", "command line"])
+def test_a_json_list_is_data_and_no_configuration(where, here, capsys, model_folder):
+    """jsonargparse would open it as a part of the configuration where it sees a class in the type."""
+    (here / "train.json").write_text(json.dumps(RECORDS))
+    (here / "c.yaml").write_text(config(model_folder("llama"), train="train.json" if where == "yaml" else "nowhere"))
+    extra = [] if where == "yaml" else ["--data.train", "train.json"]
+    code, out, err = run(capsys, "fit", "--config", "c.yaml", "--trainer.max_steps", "1", *extra)
+    assert code == 0, err
+    (saved,) = (here / "runs").rglob("config.yaml")
+    assert "train: train.json" in saved.read_text()
