@@ -43,6 +43,13 @@ def test_kd_is_the_published_loss_on_shifted_rows(packed):
     q, p = (m[:, :, rows].clamp_min(1e-30) for m in maps)
     expected = (p * (p.log() - q.log())).sum(-1).mean(dim=(0, 1)).sum()
     assert expected > 1
+    ours = torch.autograd.grad(terms["attention"].total, module.student.model.layers[1].self_attn.q_proj.weight)[0]
+    eager = tiny_model("llama", 0, attn_implementation="eager")
+    live = torch.stack(eager(**b.model_inputs(one_by_one), output_attentions=True).attentions).transpose(1, 2)
+    live = live[:, :, rows].double().clamp_min(1e-30)
+    loss = (p.detach() * (p.detach().log() - live.log())).sum(-1).mean(dim=(0, 1)).sum()
+    theirs = torch.autograd.grad(loss, eager.model.layers[1].self_attn.q_proj.weight)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
     assert terms["attention"].total.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
