@@ -29,7 +29,8 @@ def selection_table(
     rows = {
         "scored by": f"{meta.get('model', 'an unnamed model')}, epochs {meta['epochs']}",
         "records": f"{records:,}, scored {summary['samples']:,.0f}",
-        "without a score": f"{summary['dropped']:,.0f} dropped, {summary['without_response']:,.0f} without response",
+        "dropped before scoring": f"{records - summary['samples']:,.0f}",
+        "score undefined": f"{summary['dropped']:,.0f}, {summary['without_response']:,.0f} without response",
         "chosen": f"{summary['selected']:,.0f}, {rule}",
         "score of the chosen": f"{summary['lowest']:.4g} to {summary['highest']:.4g}",
         "mean response tokens": f"{summary['mean_tokens']:.1f} chosen, {summary['mean_tokens_all']:.1f} all",
