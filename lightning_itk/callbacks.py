@@ -7,7 +7,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 
@@ -75,11 +75,13 @@ class HFExport(Callback):
 class RunCard(Callback):
     """Print, when training starts, what the run is made of: models, what trains, which kernels, tokens per step."""
 
-    @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, InstructionModule)
+        facts = run_facts(trainer, pl_module)  # on every rank: the logs' folder is agreed on by all
+        if not trainer.is_global_zero:
+            return
         table = Table(title=type(pl_module).__name__, show_header=False, title_justify="left")
-        for name, value in run_facts(trainer, pl_module).items():
+        for name, value in facts.items():
             table.add_row(name, value)
         Console().print(table)
 
@@ -93,24 +95,23 @@ class ResponseWriter(Callback):
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
-
-    def file(self, trainer: L.Trainer) -> Path:
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "responses.jsonl")
-        return path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}{path.suffix}")
+        self.file = Path()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.file(trainer).parent.mkdir(parents=True, exist_ok=True)
-        self.file(trainer).write_text("")
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "responses.jsonl")
+        self.file = path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}{path.suffix}")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("")
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
-        with self.file(trainer).open("a") as file:
+        with self.file.open("a") as file:
             for record, response in outputs:
                 file.write(json.dumps({"record": record, "response": response}, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        rank_zero_info(f"responses: {self.file(trainer)}")
+        rank_zero_info(f"responses: {self.file}")
 
 
 def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:

@@ -49,7 +49,8 @@ class ResponseLossRecorder(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if self.epochs is None or epoch <= self.epochs:
-            recorded = read_meta(self.file(trainer))["epochs"] if trainer.is_global_zero else 0
+            file = self.file(trainer)  # on every rank: the logs' folder is agreed on by all
+            recorded = read_meta(file)["epochs"] if trainer.is_global_zero else 0
             if epoch > trainer.strategy.broadcast(recorded):
                 self._record(trainer, pl_module, epoch)
 

@@ -7,9 +7,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from test_exactness import SAMPLES, TAGS, module
+from tiny import byte_tokenizer
 from torch.distributed.tensor import DTensor
 
 from lightning_itk import batch as b
+from lightning_itk.callbacks import HFExport, RunCard
 
 
 class Halves(L.LightningDataModule):
@@ -40,12 +42,13 @@ def train(method: str, strategy: str, folder: Path) -> None:
         strategy=kind,
         max_epochs=2,
         logger=False,
-        callbacks=[ModelCheckpoint(folder, save_last=True)],
+        callbacks=[ModelCheckpoint(folder, save_last=True), RunCard(), HFExport(str(folder / "export"))],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
     model = module(method)
+    model.tokenizer = byte_tokenizer()
     trainer.fit(model, datamodule=Halves())
     state = {
         name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in model.student.named_parameters()

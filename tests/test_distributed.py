@@ -8,6 +8,7 @@ import ranks
 import torch
 from processes import run_ranks
 from test_exactness import METHODS, batches, module
+from transformers import AutoModelForCausalLM
 
 
 @functools.cache
@@ -41,6 +42,9 @@ def test_two_ranks_take_the_same_steps(method, strategy, tmp_path):
     for name, value in metrics.items():
         if name.startswith(("val/", "train/")) and "padding" not in name:
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4), name
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "last")
+    for name, parameter in exported.named_parameters():
+        torch.testing.assert_close(parameter.detach(), result["weights"][name])
     if strategy == "ddp":
         checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
         assert all(name.startswith("student.") for name in checkpoint["state_dict"])
