@@ -153,7 +153,8 @@ def tokenize(
     parts += [sorted((source.columns or {}).items()), encoder.fingerprint(), max_length, prompts]
     folder = root / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     if not folder.exists():
-        _build(folder, _Job(source, encoder, max_length, prompts), num_proc or _usable_cores(), progress)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        _build(folder, _Job(source, encoder, max_length, prompts), num_proc or cores, progress)
     return TokenizedSource(folder)
 
 
@@ -263,8 +264,8 @@ def _write(writer: pa.RecordBatchFileWriter, job: _Job, num_proc: int, progress:
     summary, fingerprint = Summary(), Fingerprint()
     tags: dict[str, int] = {}
     columns = [SpinnerColumn(), TextColumn("tokenizing {task.description}"), MofNCompleteColumn(), TimeElapsedColumn()]
-    quiet = not (progress and sys.stderr.isatty())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
         task = bar.add_task(Path(job.source.path).name, total=None)
         for block in _blocks(job, num_proc):
             teacher = np.array([tags.setdefault(tag, len(tags)) for tag in block.tags], np.int32)
@@ -356,7 +357,3 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         except OSError:
             pass
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,30 +1,23 @@
 """The quickstart: every method of the kit on the toy world, on two CPU cores, in a few minutes."""
 
 import json
-import logging
-import random
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich import get_console
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from lightning_itk import toy
 from lightning_itk.dae import DAEModule
 from lightning_itk.data import InstructionDataModule, Sources
+from lightning_itk.display import StageBar, quiet
 from lightning_itk.distillation import AttentionLoss
 from lightning_itk.export import export
 from lightning_itk.kd import KDModule
@@ -60,7 +53,7 @@ def quickstart(output: Path = Path("runs/quickstart"), seed: int = 0, steps_scal
     if not 0 < steps_scale < float("inf"):
         raise ValueError(f"steps_scale must be above 0, got {steps_scale}")
     start = time.perf_counter()
-    with _quiet():
+    with quiet():
         run = _Run(Path(output), seed, steps_scale)
         run.all()
     run.console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes.")
@@ -180,7 +173,7 @@ class _Run:
         """Train a module on files, measure its student on the held-out questions, and save it if named."""
         L.seed_everything(self.seed, verbose=False)
         steps, start = max(2, round(steps * self.scale)), time.perf_counter()
-        bar = _Bar(title, steps, self.console)
+        bar = StageBar(title, steps, self.console)
         trainer = self.trainer(max_steps=steps, gradient_clip_val=1.0, callbacks=[bar, *callbacks])
         trainer.fit(module, self.data(train, subset=subset))
         student = module.student
@@ -307,63 +300,6 @@ def ask(folder: Path, question: str) -> str:
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return answer(model, tokenizer, [str(prompt)])[0].strip()
-
-
-class _Bar(Callback):
-    """One line with the steps and the loss while a stage trains."""
-
-    def __init__(self, title: str, steps: int, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-        loss = TextColumn("loss {task.fields[loss]:.3f}")
-        self.progress = Progress(*columns, loss, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task(title, total=steps, loss=float("nan"))
-
-    def on_train_start(self, *_: Any) -> None:
-        self.progress.start()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        loss = trainer.callback_metrics.get("loss", torch.nan)
-        self.progress.update(self.task, completed=trainer.global_step, loss=float(loss))
-
-    def on_train_end(self, *_: Any) -> None:
-        self.progress.stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self.progress.stop()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave only what a newcomer should read: no tips, no bars of loading, no advice about data loaders.
-
-    Global states (logging, random numbers, threads) are put back afterwards.
-    """
-    lightning, own = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning_itk")
-    levels = lightning.level, own.level
-    bars = transformers_logging.is_progress_bar_enabled()
-    threads = torch.get_num_threads()
-    shared = get_console()  # where the recorder draws its bar
-    shown = shared.quiet
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        lightning.setLevel(logging.ERROR)
-        own.setLevel(logging.WARNING)
-        transformers_logging.disable_progress_bar()
-        shared.quiet = True
-        torch.set_num_threads(min(2, threads))  # more threads than that only wait for each other on models so small
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        lightning.setLevel(levels[0])
-        own.setLevel(levels[1])
-        shared.quiet = shown
-        torch.set_num_threads(threads)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _cells(*figures: dict[str, float]) -> list[str]:
