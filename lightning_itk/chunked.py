@@ -1,7 +1,7 @@
 """A loss over vocabulary logits that are made, used and dropped chunk by chunk, with the gradients made on the way.
 
 This is the torch engine under the `linear_*` losses: the CPU path, and the truth that the Triton kernels are compared
-with. It works for any differentiable function of the logits.
+with. It works for any function of the logits that can tell its gradient, by autograd if need be.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
 
-CHUNK_ELEMENTS = 2**24  # fp32 logits of one chunk: 64 MiB; a handful of such tensors live at once
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+"""fp32 logits of one chunk: 64 MiB, and 512 MiB on a GPU, where every chunk reads and writes the whole gradient of the
+head. A handful of such tensors live at once."""
 
 
 class Head(NamedTuple):
@@ -47,9 +49,9 @@ class Head(NamedTuple):
         return head._replace(weight=head.weight.to(dtype))
 
 
-def chunk_rows(vocab: int) -> int:
+def chunk_rows(vocab: int, device: str = "cpu") -> int:
     """Rows per chunk, so that its tensors have about CHUNK_ELEMENTS each whatever the vocabulary."""
-    return max(16, CHUNK_ELEMENTS // vocab)
+    return max(16, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab)
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -76,13 +78,21 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _shape_logits(logits: Tensor, head: Head) -> Tensor:
+    """In place."""
     if head.bias is not None:
-        logits = logits + head.bias.to(logits.dtype)
+        logits += head.bias.to(logits.dtype)
     if head.scale != 1.0:
-        logits = logits * head.scale
+        logits *= head.scale
     if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits
+
+
+def _unshape_gradient(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
+    """The gradient by `hidden @ weight.T + bias` from the one by the logits, in place."""
+    if head.softcap is not None:
+        gradient *= 1 - (logits / head.softcap).square_()
+    return gradient.mul_(head.scale) if head.scale != 1.0 else gradient
 
 
 class TokenScores(NamedTuple):
@@ -101,7 +111,7 @@ def linear_token_scores(
     nll = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     top1 = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     head = head.prepared(hidden)
-    size = chunk_rows(head.weight.shape[0])
+    size = chunk_rows(head.weight.shape[0], hidden.device.type)
     for start in range(0, hidden.shape[0], size):
         rows = slice(start, start + size)
         logits = project(hidden[rows], head)
@@ -110,7 +120,24 @@ def linear_token_scores(
     return TokenScores(nll, top1)
 
 
-ChunkLoss = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+# (student's logits, teacher's logits | None, labels, with_gradient)
+#   -> (summed loss, [parts], gradient of the loss by the student's logits | None); the logits are not overwritten.
+ChunkLoss = Callable[[Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def by_autograd(row_loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]) -> ChunkLoss:
+    """A chunk's loss from any differentiable loss of each row."""
+
+    def summed(
+        student: Tensor, teacher: Tensor | None, labels: Tensor, with_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.set_grad_enabled(with_gradient):
+            student = student.detach().requires_grad_(with_gradient)
+            total = row_loss(student, teacher, labels).sum()
+            gradient = torch.autograd.grad(total, student)[0] if with_gradient else None
+        return total.detach(), total.detach()[None], gradient
+
+    return summed
 
 
 def chunked_rows(
@@ -125,7 +152,7 @@ def chunked_rows(
     """Sum of `row_loss` over all rows, differentiable in `hidden`, `head.weight` and `head.bias`.
 
     Args:
-        row_loss: `(student_logits, teacher_logits | None, labels) -> (summed loss, [parts] detached values)`.
+        row_loss: see `ChunkLoss`.
         hidden: the head's input, or the logits themselves where `head` is None.
         teacher_hidden: likewise, or None for a loss without a teacher.
 
@@ -147,18 +174,18 @@ def _one_chunk(
     teacher: Head | None,
     labels: Tensor,
     wide: torch.dtype,
-    need_logits: bool,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss and parts of some rows, and the gradient by hidden @ weight.T. All else is gone when it returns."""
-    teacher_logits = None
-    if teacher_hidden is not None:
-        teacher_logits = teacher_hidden.to(wide) if teacher is None else project(teacher_hidden, teacher)
-    with torch.set_grad_enabled(need_logits), torch.autocast(hidden.device.type, enabled=False):
-        raw = hidden.to(wide) if student is None else _product(hidden, student.weight)
-        raw = raw.detach().requires_grad_(need_logits)
-        loss, parts = row_loss(raw if student is None else _shape_logits(raw, student), teacher_logits, labels)
-        gradient = torch.autograd.grad(loss, raw)[0] if need_logits else None
-    return loss.detach(), parts.detach(), gradient
+    """Loss and parts of some rows, and the gradient by hidden @ weight.T + bias. All else is gone when it returns."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        teacher_logits = None
+        if teacher_hidden is not None:
+            teacher_logits = teacher_hidden.to(wide) if teacher is None else project(teacher_hidden, teacher)
+        logits = hidden.to(wide) if student is None else project(hidden, student)
+        loss, parts, gradient = row_loss(logits, teacher_logits, labels, with_gradient)
+        if gradient is not None and student is not None:
+            gradient = _unshape_gradient(gradient, logits, student)
+    return loss, parts, gradient
 
 
 class _ChunkedRows(torch.autograd.Function):
@@ -169,13 +196,13 @@ class _ChunkedRows(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         sums = torch.zeros(parts, dtype=wide, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
         student = None if head is None else head.prepared(hidden)
         teacher = None if teacher_head is None else teacher_head.prepared(teacher_hidden)
 
-        size = chunk_rows(hidden.shape[1] if head is None else head.weight.shape[0])
+        size = chunk_rows(hidden.shape[1] if head is None else head.weight.shape[0], hidden.device.type)
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
             teacher_rows = None if teacher_hidden is None else teacher_hidden[rows]
@@ -186,7 +213,6 @@ class _ChunkedRows(torch.autograd.Function):
             sums += chunk_parts
             if d_raw is None:
                 continue
-            # `scale` is inside _shape_logits, so d_raw is already the gradient of hidden @ weight.T.
             if student is None:
                 assert d_hidden is not None
                 d_hidden[rows] = d_raw.to(hidden.dtype)
@@ -197,7 +223,9 @@ class _ChunkedRows(torch.autograd.Function):
             with torch.autocast(hidden.device.type, enabled=False):
                 if d_hidden is not None:
                     d_hidden[rows] = torch.mm(d_raw, student.weight).to(hidden.dtype)
-                if d_weight is not None:
+                if d_weight is not None and d_raw.dtype == d_weight.dtype:
+                    d_weight.addmm_(d_raw.t(), hidden[rows].to(d_raw.dtype))
+                elif d_weight is not None:
                     d_weight += _product(d_raw.t(), hidden[rows].to(d_raw.dtype).t())
             del d_raw  # before the next chunk is made
 

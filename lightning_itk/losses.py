@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
-from lightning_itk.chunked import Head, chunked_rows
-from lightning_itk.divergence import Kind, check_divergence, divergence_rows
+from lightning_itk.chunked import Head, by_autograd, chunked_rows
+from lightning_itk.divergence import Kind, check_divergence, divergence_and_gradient, log_probabilities
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -115,16 +115,9 @@ def kl_divergence(
     if labels is None:
         labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
     else:
-        keep = (labels != IGNORE_INDEX).nonzero().flatten()
-        student, teacher, labels = student[keep], teacher[keep], labels[keep]
-    row_loss = partial(_kl_rows, kind=kind, beta=beta, temperature=temperature)
-    return chunked_rows(row_loss, student, None, teacher, None, labels)[0]
-
-
-def _kl_rows(student: Tensor, teacher: Tensor | None, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
-    assert teacher is not None
-    total = divergence_rows(student, teacher, **options).sum()
-    return total, total.detach()[None]
+        labels, student, teacher = _kept(labels, student, teacher)
+    row_loss = partial(_distillation_rows, has_labels=False, kind=kind, beta=beta, temperature=temperature)
+    return chunked_rows(row_loss, student, None, teacher, None, labels, parts=2)[0]
 
 
 def linear_cross_entropy(
@@ -144,7 +137,7 @@ def linear_cross_entropy(
     head = Head.of(head)
     _check_linear(hidden, head, "hidden")
     _check_labels(labels, hidden.shape[:-1])
-    hidden, labels = _kept(labels, hidden)
+    labels, hidden = _kept(labels, hidden)
     if resolve_impl(impl, hidden) == "triton":
         from lightning_itk.kernels.linear_kl import linear_cross_entropy as fused
 
@@ -152,9 +145,19 @@ def linear_cross_entropy(
     return chunked_rows(_ce_rows, hidden, head, None, None, labels)[0]
 
 
-def _ce_rows(student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    total = F.cross_entropy(student, labels, reduction="sum")
-    return total, total.detach()[None]
+def _ce_rows(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    total, gradient = _label_loss(torch.log_softmax(student, -1), labels, with_gradient)
+    return total, total[None], gradient
+
+
+def _label_loss(log_q: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy and its gradient by the logits, which takes the place of `log_q`."""
+    total = -log_q.gather(1, labels[:, None]).sum()
+    if not with_gradient:
+        return total, None
+    return total, log_q.exp_().scatter_add_(1, labels[:, None], log_q.new_full((1, 1), -1.0).expand(len(labels), 1))
 
 
 def linear_kl_divergence(
@@ -228,8 +231,7 @@ def linear_kl_parts(
     has_labels = labels is not None
     if labels is not None:
         _check_labels(labels, student_hidden.shape[:-1])
-        keep = (labels != IGNORE_INDEX).nonzero().flatten()
-        student_hidden, teacher_hidden, labels = student_hidden[keep], teacher_hidden[keep], labels[keep]
+        labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden)
     elif ce_weight:
         raise ValueError("ce_weight is not 0 but there are no labels to take a cross-entropy with")
     teacher_hidden, teacher = teacher_hidden.detach(), teacher.detach()
@@ -277,16 +279,31 @@ def _distillation_rows(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor,
+    with_gradient: bool,
     *,
     has_labels: bool,
-    ce_weight: float,
-    kl_weight: float,
-    **options,
-) -> tuple[Tensor, Tensor]:
+    ce_weight: float = 0.0,
+    kl_weight: float = 1.0,
+    kind: Kind,
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     assert teacher is not None
-    kl = divergence_rows(student, teacher, **options).sum()
-    ce = F.cross_entropy(student, labels, reduction="sum") if has_labels else torch.zeros_like(kl)
-    return ce_weight * ce + kl_weight * kl, torch.stack([ce.detach(), kl.detach()])
+    log_q = log_probabilities(student, temperature)
+    ce, d_ce = torch.zeros_like(log_q[:1, 0]).sum(), None
+    if has_labels:  # at temperature 1
+        if with_gradient and ce_weight:
+            ce, d_ce = _label_loss(torch.log_softmax(student, -1), labels, True)
+        else:
+            ce, _ = _label_loss(log_q if temperature == 1.0 else torch.log_softmax(student, -1), labels, False)
+    rows, gradient = divergence_and_gradient(log_q, log_probabilities(teacher, temperature), kind, beta, with_gradient)
+    kl = temperature**2 * rows.sum()
+    if gradient is not None:
+        factor = kl_weight * temperature  # T² of the loss, 1/T of the chain rule
+        gradient = gradient.mul_(factor) if factor != 1.0 else gradient
+        if d_ce is not None:
+            gradient.add_(d_ce, alpha=ce_weight)
+    return ce_weight * ce + kl_weight * kl, torch.stack([ce, kl]), gradient
 
 
 def linear_divergence(
@@ -308,20 +325,20 @@ def linear_divergence(
     _check_linear(teacher_hidden, teacher, "teacher_hidden")
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
     _check_labels(labels, student_hidden.shape[:-1])
-    keep = (labels != IGNORE_INDEX).nonzero().flatten()
+    labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden.detach())
 
-    def summed(student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         assert teacher is not None
-        total = row_loss(student, teacher, labels).sum()
-        return total, total.detach()[None]
+        return row_loss(student, teacher, labels)
 
-    rows = student_hidden[keep], student.cut(vocab), teacher_hidden.detach()[keep], teacher.cut(vocab), labels[keep]
-    return chunked_rows(summed, *rows)[0]
+    heads = student.cut(vocab), teacher.cut(vocab)
+    return chunked_rows(by_autograd(rows), student_hidden, heads[0], teacher_hidden, heads[1], labels)[0]
 
 
-def _kept(labels: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _kept(labels: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Labels and rows without the ignored ones; nothing is copied where there are none."""
     keep = (labels != IGNORE_INDEX).nonzero().flatten()
-    return hidden[keep], labels[keep]
+    return (labels, *rows) if len(keep) == len(labels) else tuple(x[keep] for x in (labels, *rows))
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

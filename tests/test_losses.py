@@ -26,7 +26,7 @@ KINDS = ["forward", "reverse", "jsd"]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several ragged chunks per call."""
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 97 * 16)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 97 * 16)
 
 
 def reference(student, teacher, kind, beta, temperature):
@@ -198,6 +198,39 @@ def test_absent_teacher_tokens_are_minus_infinity_not_nan():
     torch.testing.assert_close(torch.autograd.grad(loss, student)[0], log_q.exp() - p)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_that_neither_model_has_count_nothing(kind, dtype):
+    student, teacher = (4 * torch.randn(5, 9, dtype=dtype) for _ in range(2))
+    short = [x[:, :6].clone().requires_grad_() for x in (student, teacher)]
+    student[:, 6:] = teacher[:, 6:] = -torch.inf
+    student.requires_grad_()
+    loss, expected = kl_divergence(student, teacher, kind=kind), kl_divergence(*short, kind=kind)
+    torch.testing.assert_close(loss, expected)
+    gradient = torch.autograd.grad(loss, student)[0]
+    torch.testing.assert_close(gradient[:, :6], torch.autograd.grad(expected, short[0])[0])
+    assert (gradient[:, 6:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opposite_certainties_stay_finite(kind):
+    """Logits 300 apart: the probabilities' ratio is beyond fp32, the divergence is not."""
+    student = torch.tensor([[150.0, -150.0, 0.0], [-150.0, 150.0, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[-150.0, 150.0, 0.0], [-150.0, 149.0, 1.0]])
+    exact = student.detach().double().requires_grad_()
+    loss, expected = kl_divergence(student, teacher, kind=kind), reference(exact, teacher.double(), kind, 0.5, 1).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, student)[0].double(), torch.autograd.grad(expected, exact)[0], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_nan_logits_are_not_hidden():
+    student, teacher = torch.randn(2, 3, 7)
+    student[1, 2] = torch.nan
+    assert all(kl_divergence(student, teacher, kind=kind).isnan() for kind in KINDS)
+
+
 def test_all_rows_masked_is_zero_with_a_graph():
     h, w, ht, wt, labels = case()
     h.requires_grad_()
@@ -229,7 +262,7 @@ def test_nothing_of_tokens_times_vocabulary_outlives_a_chunk(monkeypatch):
     """4,096 tokens x 151,936 entries would be 2.3 GiB of fp32 logits per model; the largest tensor is one chunk."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 2**24)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 2**24)
     largest = 0
 
     class Sizes(TorchDispatchMode):
