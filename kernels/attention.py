@@ -113,7 +113,7 @@ def _head_map(
     if head_map is not None:
         if head_map.ndim != 2 or head_map.shape[0] != hs:
             raise ValueError(f"attention_kl: head_map must be [{hs}, G], found {list(head_map.shape)}")
-        return head_map.to(device), False
+        return head_map.to(device, non_blocking=True), False  # a copy from the host must not wait for the device
     if ht % hs == 0:
         groups = torch.arange(ht, device=device).view(hs, ht // hs)
     elif hs % ht == 0:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_itk.losses import Impl, resolve_impl
-from lightning_itk.tiled import tiled_attention_kl
+from lightning_itk.tiled import group_heads, tiled_attention_kl
 
 Kind = Literal["forward", "reverse"]
 
@@ -73,6 +73,8 @@ def attention_kl(
         RuntimeError: `impl="triton"` where Triton cannot run; the message says why.
     """
     _check_shapes(q_student, k_student, q_teacher, k_teacher, key_mask, row_mask)
+    if head_map is None:
+        group_heads(q_student.shape[1], q_teacher.shape[1])  # raises where they do not divide
     if kind not in ("forward", "reverse"):
         raise ValueError(f'attention_kl: kind must be "forward" or "reverse", found {kind!r}')
     if not temperature > 0:
@@ -93,7 +95,8 @@ def attention_kl(
         "row_mask": row_mask,
         "kind": kind,
         "temperature": temperature,
-        "head_map": _checked_head_map(head_map, q_student.shape[1], q_teacher.shape[1]),
+        # None stays None: the kernels have faster tiles for heads that pair by construction.
+        "head_map": None if head_map is None else _checked_head_map(head_map, q_student.shape[1], q_teacher.shape[1]),
         "softcap_student": softcap_student,
         "softcap_teacher": softcap_teacher,
     }
@@ -105,28 +108,7 @@ def attention_kl(
     return tiled_attention_kl(q_student, k_student, q_teacher, k_teacher, **arguments)
 
 
-def group_heads(student_heads: int, teacher_heads: int) -> Int[Tensor, "Hs G"]:
-    """The teacher heads that each student head answers to: consecutive groups.
-
-    Fewer student heads: student head h answers to the h-th group of teacher heads. More student heads: consecutive
-    student heads share a teacher head.
-
-    Raises:
-        ValueError: neither count divides the other.
-    """
-    if teacher_heads % student_heads == 0:
-        return torch.arange(teacher_heads).view(student_heads, -1)
-    if student_heads % teacher_heads == 0:
-        return torch.arange(teacher_heads).repeat_interleave(student_heads // teacher_heads)[:, None]
-    raise ValueError(
-        f"the student has {student_heads} attention heads and the teacher {teacher_heads}: "
-        "neither divides the other, give a head_map"
-    )
-
-
-def _checked_head_map(head_map: Tensor | list | None, student_heads: int, teacher_heads: int) -> Tensor:
-    if head_map is None:
-        return group_heads(student_heads, teacher_heads)
+def _checked_head_map(head_map: Tensor | list, student_heads: int, teacher_heads: int) -> Tensor:
     index = torch.as_tensor(head_map).cpu()
     index = index[:, None] if index.dim() == 1 else index
     if index.dim() != 2 or index.shape[0] != student_heads or index.shape[1] == 0 or index.is_floating_point():

@@ -13,8 +13,32 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_SCORES = 1 << 22
-"""Scores of one model that a tile holds at most (16 MiB in fp32), unless 8 query rows alone need more."""
+from lightning_itk.divergence import Kind, divergence_and_gradient
+
+TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 25}
+"""Scores of one model that a tile holds at most, unless 8 query rows alone need more: 1 MiB in fp32, which stays in a
+core's cache, and 128 MiB on a GPU, where small tiles would only be launches."""
+_DOCUMENT_ROWS = 32
+"""A tile of packed rows ends with a document once it has this many, so that it computes little that nobody sees."""
+
+
+def group_heads(student_heads: int, teacher_heads: int) -> Int[Tensor, "Hs G"]:
+    """The teacher heads that each student head answers to: consecutive groups.
+
+    Fewer student heads: student head h answers to the h-th group of teacher heads. More student heads: consecutive
+    student heads share a teacher head.
+
+    Raises:
+        ValueError: neither count divides the other.
+    """
+    if teacher_heads % student_heads == 0:
+        return torch.arange(teacher_heads).view(student_heads, -1)
+    if student_heads % teacher_heads == 0:
+        return torch.arange(teacher_heads).repeat_interleave(student_heads // teacher_heads)[:, None]
+    raise ValueError(
+        f"the student has {student_heads} attention heads and the teacher {teacher_heads}: "
+        "neither divides the other, give a head_map"
+    )
 
 
 @dataclass(frozen=True)
@@ -30,13 +54,12 @@ class _Scores:
         b, heads, rows, dim = q.shape
         # Heads that share a key head become rows of one product, so keys are never repeated.
         grouped = q.reshape(b, k.shape[1], -1, dim)
-        scores = torch.matmul(grouped * self.scale, k.transpose(-1, -2)).view(b, heads, rows, k.shape[2])
-        slope = None
-        if self.softcap is not None:
-            scores = scores.div_(self.softcap).tanh_()
-            slope = 1 - scores * scores
-            scores = scores.mul_(self.softcap)
-        return scores.div_(self.temperature) if self.temperature != 1 else scores, slope
+        scale = self.scale / (self.temperature if self.softcap is None else self.softcap)
+        scores = torch.matmul(grouped * scale, k.transpose(-1, -2)).view(b, heads, rows, k.shape[2])
+        if self.softcap is None:
+            return scores, None
+        slope = 1 - scores.tanh_().square()
+        return scores.mul_(self.softcap / self.temperature), slope
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,7 @@ class _Rows:
     last: Int[Tensor, "B S"]
     keep: Bool[Tensor, "B S"]  # rows that count and see a key
     key_mask: Bool[Tensor, "B S"] | None
+    segment: Int[Tensor, "B S"] | None  # which segment each token is in
 
     @classmethod
     def of(
@@ -60,7 +84,7 @@ class _Rows:
         row_mask: Tensor | None,
     ) -> "_Rows":
         position = torch.arange(s).expand(b, s)
-        first, end = torch.zeros(b, s, dtype=torch.long), torch.full((b, s), s)
+        first, end, segment = torch.zeros(b, s, dtype=torch.long), torch.full((b, s), s), None
         if cu_seqlens is not None:
             bounds = cu_seqlens.long().cpu()
             if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != b * s or bool((bounds.diff() < 0).any()):
@@ -79,23 +103,39 @@ class _Rows:
             key_mask = key_mask.cpu()
             seen = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
             keep = keep & (seen.gather(1, end) > seen.gather(1, first))
-        return cls(first, end - 1, keep, key_mask)
+        return cls(first, end - 1, keep, key_mask, segment)
 
-    def tiles(self, heads: int) -> Iterator[tuple[slice, list[tuple[Tensor, slice]]]]:
+    def tiles(self, heads: int, device: str) -> Iterator[tuple[slice, list[tuple[Tensor, slice]]]]:
         """Batch rows that go together, and for each their tiles: query positions [rows] and a range of keys."""
         b, s = self.keep.shape
-        together = max(1, TILE_SCORES // max(1, heads * s * s))
+        budget = TILE_SCORES.get(device, TILE_SCORES["cpu"])
+        together = max(1, budget // max(1, heads * s * s)) if self.segment is None else 1
         for start in range(0, b, together):
             rows = slice(start, min(start + together, b))
             positions = self.keep[rows].any(0).nonzero().flatten()
             tiles: list[tuple[Tensor, slice]] = []
-            while positions.numel():
-                count = max(8, TILE_SCORES // (heads * (rows.stop - rows.start) * s))
-                tile, positions = positions[:count], positions[count:]
-                lo, hi = self.first[rows][:, tile].min(), self.last[rows][:, tile].max()
-                tiles.append((tile, slice(int(lo), int(hi) + 1)))
+            for part in positions.split(self._documents(start, positions)):
+                if not part.numel():
+                    continue
+                first, last = self.first[rows][:, part], self.last[rows][:, part]
+                widest = int((last - first).max()) + 1
+                count = max(8, budget // (heads * (rows.stop - rows.start) * widest))
+                for tile, lo, hi in zip(part.split(count), first.split(count, 1), last.split(count, 1), strict=True):
+                    tiles.append((tile, slice(int(lo.min()), int(hi.max()) + 1)))
             if tiles:
                 yield rows, tiles
+
+    def _documents(self, row: int, positions: Tensor) -> list[int]:
+        """How many of these query positions to take at a time: a few short segments, or a single long one."""
+        if self.segment is None:
+            return [len(positions)]
+        sizes, size = [], 0
+        for length in torch.unique_consecutive(self.segment[row][positions], return_counts=True)[1].tolist():
+            size += length
+            if size >= _DOCUMENT_ROWS:
+                sizes.append(size)
+                size = 0
+        return [*sizes, size]
 
     def visible(self, rows: slice, tile: Tensor, keys: slice, device: torch.device) -> Bool[Tensor, "b 1 rows keys"]:
         key = torch.arange(keys.start, keys.stop, device=device)
@@ -112,29 +152,22 @@ def _log_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
     return torch.log_softmax(scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 4), dim=-1)
 
 
-def _tile_divergence(log_s: Tensor, log_t: Tensor, head_map: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _tile_divergence(
+    log_s: Tensor, log_t: Tensor, head_map: Tensor, kind: Kind, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """Divergence of every row [B, Hs, rows] and its gradient by the student's scores [B, Hs, rows, keys].
 
-    forward: sum_k p_t (log p_t - log p_s), gradient p_s - p_t;
-    reverse: KL = sum_k p_s (log p_s - log p_t), gradient p_s (log p_s - log p_t - KL).
-    A group of teacher heads: the mean of both over the group.
+    A group of teacher heads: the mean of both over the group. Overwrites the maps.
     """
-    p_s = log_s.exp()
     group = head_map.shape[1]
-    identity = group == 1 and torch.equal(head_map[:, 0], torch.arange(log_t.shape[1]))
-    divergence = torch.zeros(log_s.shape[:-1], dtype=log_s.dtype, device=log_s.device)
-    gradient = p_s.clone() if kind == "forward" else torch.zeros_like(p_s)
-    for g in range(group):
-        log_p = log_t if identity else log_t.index_select(1, head_map[:, g].to(log_t.device))
-        if kind == "forward":
-            p_t = log_p.exp()
-            divergence += (p_t * (log_p - log_s)).sum(-1) / group
-            gradient.sub_(p_t, alpha=1 / group)
-        else:
-            difference = log_s - log_p
-            row = (p_s * difference).sum(-1)
-            divergence += row / group
-            gradient.add_(p_s * (difference - row[..., None]), alpha=1 / group)
+    if group == 1 and torch.equal(head_map[:, 0], torch.arange(log_t.shape[1])):
+        return divergence_and_gradient(log_s, log_t, kind, 0.0, with_gradient)
+    divergence, gradient = torch.zeros_like(log_s[..., 0]), torch.zeros_like(log_s) if with_gradient else None
+    for heads in head_map.to(log_t.device).unbind(1):
+        rows, by_scores = divergence_and_gradient(log_s.clone(), log_t[:, heads], kind, 0.0, with_gradient)
+        divergence.add_(rows, alpha=1 / group)
+        if gradient is not None and by_scores is not None:
+            gradient.add_(by_scores, alpha=1 / group)
     return divergence, gradient
 
 
@@ -153,7 +186,7 @@ class _AttentionKL(torch.autograd.Function):
         teacher: _Scores,
         rows: _Rows,
         head_map: Tensor,
-        kind: str,
+        kind: Kind,
         with_gradient: bool,
     ) -> Tensor:
         dtype = torch.float64 if q_s.dtype == torch.float64 else torch.float32
@@ -164,7 +197,7 @@ class _AttentionKL(torch.autograd.Function):
         dq = torch.zeros_like(q_s, dtype=stored) if with_gradient else None
         dk = torch.zeros_like(k_s, dtype=stored) if with_gradient else None
         with torch.autocast(q_s.device.type, enabled=False):
-            for batch, tiles in rows.tiles(max(heads, q_t.shape[1])):
+            for batch, tiles in rows.tiles(max(heads, q_t.shape[1]), q_s.device.type):
                 k_student, k_teacher = k_s[batch].to(dtype), k_t[batch].to(dtype)
                 dk_batch = torch.zeros_like(k_student)
                 for tile, keys in tiles:
@@ -175,9 +208,10 @@ class _AttentionKL(torch.autograd.Function):
                     q_teacher = q_t[batch].index_select(2, index).to(dtype)
                     log_t = _log_softmax(teacher(q_teacher, k_teacher[:, :, keys])[0], hidden)
                     scores, slope = student(q_rows, k_student[:, :, keys])
-                    divergence, gradient = _tile_divergence(_log_softmax(scores, hidden), log_t, head_map, kind)
+                    log_s = _log_softmax(scores, hidden)
+                    divergence, gradient = _tile_divergence(log_s, log_t, head_map, kind, with_gradient)
                     total += (divergence * weight).sum()
-                    if dq is None:
+                    if dq is None or gradient is None:
                         continue
                     gradient *= weight[..., None] * (student.scale / student.temperature)
                     if slope is not None:
@@ -214,13 +248,14 @@ def tiled_attention_kl(
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     row_mask: Tensor | None,
-    kind: str,
+    kind: Kind,
     temperature: float,
-    head_map: Tensor,
+    head_map: Tensor | None,
     softcap_student: float | None,
     softcap_teacher: float | None,
 ) -> Tensor:
     """`attention.attention_kl` in plain torch; its arguments, every one resolved and checked."""
+    head_map = group_heads(q_s.shape[1], q_t.shape[1]) if head_map is None else head_map
     rows = _Rows.of(q_s.shape[0], q_s.shape[2], causal, window, cu_seqlens, key_mask, row_mask)
     student = _Scores(scale_student, softcap_student, temperature)
     teacher = _Scores(scale_teacher, softcap_teacher, temperature)

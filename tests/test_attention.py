@@ -133,7 +133,7 @@ def test_equals_materialised_maps(kind, heads, options) -> None:
 @pytest.mark.parametrize("tile", [1, 300, 1 << 22])
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
 def test_tile_size_does_not_matter(monkeypatch, tile, kind) -> None:
-    monkeypatch.setattr(tiled, "TILE_SCORES", tile)
+    monkeypatch.setitem(tiled.TILE_SCORES, "cpu", tile)
     check(inputs(b=3, s=37), kind=kind, window=9, row_mask=torch.rand(3, 37) < 0.6)
     check(inputs(b=3, s=37), kind=kind, causal=False)
 
@@ -319,7 +319,7 @@ def test_memory_grows_linearly(monkeypatch) -> None:
     """Tiles of 64 query rows: nothing of S x S, and twice the tokens need about twice the memory."""
     peaks = {}
     for s in (4096, 8192):
-        monkeypatch.setattr(tiled, "TILE_SCORES", 64 * s)
+        monkeypatch.setitem(tiled.TILE_SCORES, "cpu", 64 * s)
         gc.collect()
         tensors = [t.float() for t in inputs(b=1, s=s, heads=(1, 1, 1, 1), dims=(8, 8))]
         tensors[0].requires_grad_()
@@ -339,7 +339,7 @@ def test_default_tile_bounds_memory() -> None:
     with PeakMemory() as memory:
         attention_kl(*tensors, row_mask=torch.arange(2048)[None] >= 1700).backward()
     print(f"peak {memory.peak / 2**20:.0f} MiB")
-    assert memory.peak < 12 * 4 * tiled.TILE_SCORES
+    assert memory.peak < 12 * 4 * 8 * 32 * 2048  # 8 query rows at least
 
 
 def test_only_kept_rows_are_computed(monkeypatch) -> None:
@@ -350,6 +350,30 @@ def test_only_kept_rows_are_computed(monkeypatch) -> None:
     rows[0, [2, 9]] = True
     attention_kl(*inputs(), row_mask=rows)
     assert seen == [2, 2]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_other_documents_are_hardly_computed(monkeypatch, causal) -> None:
+    """200 + 3 x 10 + 70 packed tokens: each long document is scored alone, the short ones go with a neighbour."""
+    scored = []
+    original = tiled._Scores.__call__
+    monkeypatch.setattr(
+        tiled._Scores, "__call__", lambda self, q, k: scored.append(q.shape[2] * k.shape[2]) or original(self, q, k)
+    )
+    cu_seqlens = torch.tensor([0, 200, 210, 220, 230, 300], dtype=torch.int32)
+    check(inputs(b=1, s=300), cu_seqlens=cu_seqlens, causal=causal)
+    assert sum(scored) / 2 == 200 * 200 + 100 * 100  # of student and teacher; 90,000 without borders
+
+
+def test_the_causal_triangle_is_cut_into_tiles(monkeypatch) -> None:
+    scored = []
+    original = tiled._Scores.__call__
+    monkeypatch.setattr(
+        tiled._Scores, "__call__", lambda self, q, k: scored.append(q.shape[2] * k.shape[2]) or original(self, q, k)
+    )
+    monkeypatch.setitem(tiled.TILE_SCORES, "cpu", 16 * 256 * 4)
+    check(inputs(b=1, s=256, heads=(4, 2, 4, 2)))
+    assert sum(scored) / 2 < 0.55 * 256 * 256
 
 
 def test_inference_needs_no_gradient_buffers() -> None:

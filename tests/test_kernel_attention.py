@@ -150,6 +150,20 @@ def test_everything_at_once(kind):
 
 
 @inside
+def test_the_public_function_lets_the_kernels_pair_heads(monkeypatch):
+    """A head map would cost the larger tiles, and a copy from the host in every layer."""
+    import lightning_itk.attention as public
+    from lightning_itk.kernels import attention as kernels
+
+    fixed = []
+    monkeypatch.setattr(kernels, "attention_loss", lambda *args: fixed.append(args[18]) or attention_loss(*args))
+    tensors, options = problem(heads=(4, 2, 4, 2), length=33)
+    found = public.attention_kl(*(x.float() for x in tensors), **options, impl="triton")
+    torch.testing.assert_close(found, reference(*tensors, **options).float(), rtol=1e-4, atol=0)
+    assert fixed == [True]
+
+
+@inside
 def test_explicit_head_map():
     tensors, options = problem(heads=(2, 1, 4, 2), length=33)
     check(tensors, options | {"head_map": torch.tensor([[3, 0], [1, 1]])})
