@@ -31,9 +31,10 @@ TINY = [
     Shape(1, 24, 2, 2, 16, 16, documents=3),
 ]
 CPU = [
-    Shape(1, 384, 8, 4, 64, 64, compiled=True),
-    Shape(1, 384, 8, 4, 64, 64, share=0.25),
-    Shape(1, 384, 8, 1, 64, 64, documents=4),
+    Shape(1, 1024, 4, 2, 64, 64, compiled=True),
+    Shape(1, 1024, 4, 2, 64, 64, share=0.25),
+    Shape(1, 1024, 4, 2, 64, 64, documents=6),
+    Shape(8, 128, 4, 2, 64, 64),
 ]
 FULL = [  # 16k tokens each, as far as they go
     Shape(8, 2048, 32, 4, 128, 128, compiled=True),

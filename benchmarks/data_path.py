@@ -69,7 +69,7 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.repeats = 1 if settings.tiny else 5
+        self.repeats = settings.samples
 
     def rate(
         self, what: str, provider: str, unit: str, action: Callable[[], Any], wall: bool = False, **shape: Any
@@ -271,7 +271,7 @@ def scoring(
     )
     data_module.prepare_data()
     data_module.setup("fit")
-    batches = list(itertools.islice(data_module.scoring_dataloader(), 2 if bench.settings.tiny else 8))
+    batches = list(itertools.islice(data_module.scoring_dataloader(), 2))
     module.eval()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
 
 TINY = [Shape(33, 300), Shape(20, 300, "jsd")]
-CPU = [Shape(128, 8192, compiled=True), Shape(128, 8192, "jsd")]
+CPU = [Shape(256, 32000, compiled=True), Shape(256, 32000, "jsd")]
 FULL = [
     Shape(8192, 128256, compiled=True),
     Shape(8192, 128256, "jsd"),

@@ -20,7 +20,7 @@ class Shape(NamedTuple):
 
 
 TINY = [Shape(48, 16, 300, 0.5)]
-CPU = [Shape(128, 128, 8192, compiled=True), Shape(128, 128, 8192, 0.25)]
+CPU = [Shape(256, 128, 32000, compiled=True), Shape(256, 128, 32000, 0.25)]
 FULL = [
     Shape(8192, 2048, 128256, compiled=True),
     Shape(8192, 2048, 128256, 0.25),

@@ -26,9 +26,9 @@ class Shape(NamedTuple):
 
 TINY = [Shape(48, 16, 24, 300, 0.5), Shape(33, 16, 24, 300, kind="jsd", temperature=2.0)]
 CPU = [
-    Shape(128, 128, 192, 8192, compiled=True),
-    Shape(128, 128, 192, 8192, 0.25),
-    Shape(128, 128, 192, 8192, kind="jsd"),
+    Shape(256, 128, 192, 32000, compiled=True),
+    Shape(256, 128, 192, 32000, 0.25),
+    Shape(256, 128, 192, 32000, kind="jsd"),
 ]
 FULL = [  # most telling first: the run stops where its time is over
     Shape(8192, 2048, 4096, 128256, compiled=True),

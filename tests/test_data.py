@@ -126,7 +126,15 @@ def test_weights(folder: Path) -> None:
     assert sum(i >= 100 for i in seen) == 120
 
 
-def test_subset(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    # Lightning hides its logger from the root's handlers where the root had none when it was imported.
+    for name in ("lightning", "lightning.pytorch"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    return caplog
+
+
+def test_subset(folder: Path, log: pytest.LogCaptureFixture) -> None:
     whole = module(folder, validation=0.1)
     record = np.arange(100)
     losses = np.stack([np.full(100, 2.0), 2.0 - record / 100.0])  # record 0 learned least in the first epoch
@@ -134,11 +142,11 @@ def test_subset(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = folder / "scores.parquet"
     meta = {"fingerprint": whole.fingerprint, "model": "opt-350m"}
     write_scores(path, record, np.ones(100), losses, meta)
-    with caplog.at_level(logging.INFO):
+    with log.at_level(logging.INFO):
         data = module(folder, validation=0.1, subset=Subset(str(path), fraction=0.2))
     scored = [i for i in whole.train_sample_ids if i != 5]
     assert sorted(ids(data.train_dataloader())) == scored[: round(0.2 * len(scored))]
-    assert "lowest lp_app, scored by opt-350m" in caplog.text
+    assert "lowest lp_app, scored by opt-350m" in log.text
     assert ids(data.val_dataloader()) == ids(whole.val_dataloader())
     # Scoring covers what a subset left out, once, longest first.
     scoring = data.scoring_dataloader()
@@ -174,11 +182,11 @@ def test_clusters(folder: Path) -> None:
         module(folder, validation=0, subset=subset)
 
 
-def test_report_and_empty_sets(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+def test_report_and_empty_sets(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    with log.at_level(logging.INFO):
         module(folder, max_length=60)
-    assert "train: 100 records, " in caplog.text
-    assert "response cut off by max_length=60" in caplog.text or "truncated" in caplog.text
+    assert "train: 100 records, " in log.text
+    assert "response cut off by max_length=60" in log.text or "truncated" in log.text
     with pytest.raises(
         DataError, match="train: no sample is left of 100 records: 100 response cut off by max_length=8"
     ):

@@ -1,0 +1,168 @@
+"""Print a result file as the Markdown tables of README.md.
+
+    python benchmarks/tables.py benchmarks/results/DATE-DEVICE-cpu.jsonl
+
+README.md holds this output word for word between its two markers; a test compares them.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pictures import read
+
+Row = dict[str, Any]
+KERNELS = {
+    "linear_kl": "KL from hidden states and heads",
+    "linear_ce": "Cross-entropy from hidden states and a head",
+    "kl_logits": "KL on logits",
+    "attention_kl": "Attention KL",
+}
+NAMELESS = ("kept", "beta")
+DEFAULTS = {"share": 1.0, "kind": "forward", "temperature": 1.0, "window": None, "documents": 1}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits; nothing where nothing was measured."""
+    if value is None:
+        return ""
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return text + unit
+
+
+def shape_name(shape: Row) -> str:
+    parts = [f"{k} {v}" for k, v in shape.items() if k not in NAMELESS and v != DEFAULTS.get(k, v is None)]
+    return ", ".join(parts)
+
+
+def missing(rows: list[Row]) -> Iterator[str]:
+    """Who has no number, and why; once each."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok" and row["provider"] != "*":
+            names = reasons.setdefault(f"{row['status']}: {row.get('reason', '')}", [])
+            names += [row["provider"]] if row["provider"] not in names else []
+    for reason, names in reasons.items():
+        yield f"{', '.join(names)}: {reason}."
+    if reasons:
+        yield ""
+
+
+def accuracy(rows: list[Row]) -> Iterator[str]:
+    for subject, title in (("accuracy linear_kl", "hidden states and heads"), ("accuracy attention_kl", "maps")):
+        own = [r for r in rows if r["subject"] == subject and r["status"] == "ok"]
+        if not own:
+            continue
+        yield f"#### Relative gradient error, bf16 {title}"
+        yield ""
+        providers = list(dict.fromkeys(r["provider"] for r in own))
+        by_kl: dict[float, dict[str, float]] = {}
+        for row in own:
+            by_kl.setdefault(row["kl"], {})[row["provider"]] = row["gradient_error"]
+        lines = [[f"{kl:.2g}", *(f"{errors[p]:.2g}" if p in errors else "" for p in providers)]
+                 for kl, errors in by_kl.items()]  # fmt: skip
+        yield from table(["KL per row (nats)", *providers], lines)
+
+
+def kernel(rows: list[Row], subject: str) -> Iterator[str]:
+    own = [r for r in rows if r["subject"] == subject and r["provider"] not in ("*", "reference")]
+    shapes: dict[str, dict[str, dict[str, Row]]] = {}  # shape -> provider -> mode
+    for row in own:
+        if row["status"] == "ok" and row["provider"] != "yardstick":
+            providers = shapes.setdefault(shape_name(row["shape"]), {})
+            providers.setdefault(row["provider"], {})[row["mode"]] = row
+    if not shapes:
+        return
+    yield f"#### {KERNELS[subject]}"
+    yield ""
+    head = ["shape", "by", "forward + backward, ms", "floor / time", "forward, ms", "eval, ms", "MiB", "gradient error"]
+    lines = []
+    for shape, provider, found in ((s, p, modes) for s, of in shapes.items() for p, modes in of.items()):
+        both = found.get("forward+backward", {})
+        times = [found.get(mode, {}).get("ms") for mode in ("forward", "eval")]
+        spread = f" ({number(both['ms_p20'])} to {number(both['ms_p80'])})" if both else ""
+        lines.append(
+            [shape if provider == next(iter(shapes[shape])) else "", provider, number(both.get("ms")) + spread,
+             number(both.get("percent_of_floor"), " %"), *map(number, times), number(both.get("memory_mib")),
+             f"{both['gradient_error']:.0e}" if both else ""]
+        )  # fmt: skip
+    yield from table(head, lines)
+    yield from missing(own)
+
+
+def steps(rows: list[Row]) -> Iterator[str]:
+    own = [r for r in rows if r["subject"] == "training_step" and r["status"] == "ok"]
+    if not own:
+        return
+    yield "#### Training steps"
+    yield ""
+    lines = [
+        [r["shape"]["method"], r["provider"], f"{number(r['ms'])} ({number(r['ms_p20'])} to {number(r['ms_p80'])})",
+         number(r["tokens_per_s"]), number(r["memory_mib"]),
+         number(100 * r["share_beyond_models"], " %") if "share_beyond_models" in r else ""]
+        for r in own
+    ]  # fmt: skip
+    yield from table(["method", "by", "ms", "tokens / s", "MiB", "beyond the models"], lines)
+
+
+def limits(rows: list[Row]) -> Iterator[str]:
+    own = [r for r in rows if r["subject"] == "limits"]
+    lines = [
+        [f"{r['shape']['subject']}, {r['shape']['unit']}", r["provider"], f"{r['largest']:,}",
+         number(r["memory_mib"]), r["stopped"]]
+        for r in own if r["status"] == "ok"
+    ]  # fmt: skip
+    if lines:
+        yield "#### How far it goes"
+        yield ""
+        yield from table(["subject", "by", "largest that fitted", "MiB there", "stopped because"], lines)
+
+
+def data_path(rows: list[Row]) -> Iterator[str]:
+    own = [r for r in rows if r["subject"] == "data_path" and r["status"] == "ok"]
+    lines = [
+        [r["mode"], r["provider"], number(r["ms"]), f"{number(r['rate'])} {r['unit']}",
+         number(100 * r["fill"], " %") if "fill" in r else ""]
+        for r in own
+    ]  # fmt: skip
+    if lines:
+        yield "#### Data path"
+        yield ""
+        yield from table(["step", "by", "ms", "rate", "full"], lines)
+
+
+def markdown(path: Path) -> str:
+    rows = read(path)
+    first = rows[0]
+    peers = ", ".join(f"{name} {version}" for name, version in first["peers"].items() if version)
+    where = [first["device"], f"{first['threads']} thread(s) of {first['cores']} cores"] * (first["kind"] == "cpu")
+    lines = [
+        f"`{path.name}`: {', '.join(where or [first['device']])}, torch {first['torch']}, triton {first['triton']}, "
+        f"Python {first['python']}, {peers}; {first['date'][:10]}, commit {first['commit']}, "
+        f"load at the start {first['load_at_start']}; times by {first['clock']}.",
+        "",
+        *accuracy(rows),
+    ]
+    for subject in KERNELS:
+        lines += kernel(rows, subject)
+    lines += [*steps(rows), *limits(rows), *data_path(rows)]
+    return "\n".join(lines).strip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path)
+    print(markdown(parser.parse_args().results), end="")
+
+
+if __name__ == "__main__":
+    main()
