@@ -16,7 +16,10 @@ from lightning_itk.batch import IGNORE_INDEX
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """fp32 logits of one chunk: 64 MiB, and 512 MiB on a GPU, where every chunk reads and writes the whole gradient of the
-head. A handful of such tensors live at once."""
+head. One such tensor per model lives at a time."""
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+"""Logits that become losses and gradients together, a few such tensors at a time: so few that a CPU keeps them in its
+cache (1 MiB), so many that a GPU does not wait for launches."""
 
 
 class Head(NamedTuple):
@@ -52,6 +55,10 @@ class Head(NamedTuple):
 def chunk_rows(vocab: int, device: str = "cpu") -> int:
     """Rows per chunk, so that its tensors have about CHUNK_ELEMENTS each whatever the vocabulary."""
     return max(16, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab)
+
+
+def _block_rows(vocab: int, device: str) -> int:
+    return max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"]) // vocab)
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -181,11 +188,20 @@ def _one_chunk(
         teacher_logits = None
         if teacher_hidden is not None:
             teacher_logits = teacher_hidden.to(wide) if teacher is None else project(teacher_hidden, teacher)
-        logits = hidden.to(wide) if student is None else project(hidden, student)
-        loss, parts, gradient = row_loss(logits, teacher_logits, labels, with_gradient)
-        if gradient is not None and student is not None:
-            gradient = _unshape_gradient(gradient, logits, student)
-    return loss, parts, gradient
+        if student is None:
+            return row_loss(hidden.to(wide), teacher_logits, labels, with_gradient)
+        logits = project(hidden, student)
+        losses, parts = [], []
+        size = _block_rows(logits.shape[1], logits.device.type)
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            own_teacher = None if teacher_logits is None else teacher_logits[rows]
+            loss, own_parts, gradient = row_loss(logits[rows], own_teacher, labels[rows], with_gradient)
+            losses.append(loss)
+            parts.append(own_parts)
+            if gradient is not None:  # takes the place of its logits
+                logits[rows] = _unshape_gradient(gradient, logits[rows], student)
+        return torch.stack(losses).sum(), torch.stack(parts).sum(0), logits if with_gradient else None
 
 
 class _ChunkedRows(torch.autograd.Function):
@@ -202,7 +218,8 @@ class _ChunkedRows(torch.autograd.Function):
         student = None if head is None else head.prepared(hidden)
         teacher = None if teacher_head is None else teacher_head.prepared(teacher_hidden)
 
-        size = chunk_rows(hidden.shape[1] if head is None else head.weight.shape[0], hidden.device.type)
+        rows_of = _block_rows if head is None else chunk_rows
+        size = rows_of(hidden.shape[1] if head is None else head.weight.shape[0], hidden.device.type)
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
             teacher_rows = None if teacher_hidden is None else teacher_hidden[rows]

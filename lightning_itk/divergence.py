@@ -1,10 +1,10 @@
-"""Divergences between two distributions over the vocabulary, row by row: the formulas, and nothing else."""
+"""Divergences between two distributions over the vocabulary: the formulas, and their gradients in closed form."""
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Kind = Literal["forward", "reverse", "jsd"]
@@ -82,6 +82,53 @@ def divergence_and_gradient(
     to_teacher = p.mul_(ratio.add_(q_to_m)).sum(-1)
     gradient = q_to_m.sub_(to_student[..., None]).mul_(q).mul_(1.0 - beta) if with_gradient else None
     return beta * to_teacher + (1.0 - beta) * to_student, gradient
+
+
+def label_loss_and_gradient(
+    log_q: Float[Tensor, "N V"], labels: Int[Tensor, " N"], with_gradient: bool
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"] | None]:
+    """Summed cross-entropy and its gradient q - onehot by the logits, which takes the place of `log_q`."""
+    total = -log_q.gather(1, labels[:, None]).sum()
+    if not with_gradient:
+        return total, None
+    return total, log_q.exp_().scatter_add_(1, labels[:, None], log_q.new_full((1, 1), -1.0).expand(len(labels), 1))
+
+
+def distillation_loss(
+    student: Float[Tensor, "N V"],
+    teacher: Float[Tensor, "N V"] | None,
+    labels: Int[Tensor, " N"],
+    with_gradient: bool,
+    *,
+    has_labels: bool,
+    ce_weight: float = 0.0,
+    kl_weight: float = 1.0,
+    kind: Kind,
+    beta: float,
+    temperature: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "2"], Float[Tensor, "N V"] | None]:
+    """ce_weight * CE + kl_weight * T² * divergence, summed over rows; (CE, T² * divergence); gradient by the student.
+
+    CE is at temperature 1, and 0 where `has_labels` is False. The logits are left as they are.
+    """
+    assert teacher is not None
+    log_q = log_probabilities(student, temperature)
+    ce, d_ce = torch.zeros_like(log_q[:1, 0]).sum(), None
+    if has_labels:  # at temperature 1
+        if with_gradient and ce_weight:
+            ce, d_ce = label_loss_and_gradient(torch.log_softmax(student, -1), labels, True)
+        else:
+            ce, _ = label_loss_and_gradient(
+                log_q if temperature == 1.0 else torch.log_softmax(student, -1), labels, False
+            )
+    rows, gradient = divergence_and_gradient(log_q, log_probabilities(teacher, temperature), kind, beta, with_gradient)
+    kl = temperature**2 * rows.sum()
+    if gradient is not None:
+        factor = kl_weight * temperature  # T² of the loss, 1/T of the chain rule
+        gradient = gradient.mul_(factor) if factor != 1.0 else gradient
+        if d_ce is not None:
+            gradient.add_(d_ce, alpha=ce_weight)
+    return ce_weight * ce + kl_weight * kl, torch.stack([ce, kl]), gradient
 
 
 def check_divergence(kind: str, beta: float, temperature: float) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
 from lightning_itk.chunked import Head, by_autograd, chunked_rows
-from lightning_itk.divergence import Kind, check_divergence, divergence_and_gradient, log_probabilities
+from lightning_itk.divergence import Kind, check_divergence, distillation_loss, label_loss_and_gradient
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -116,7 +116,7 @@ def kl_divergence(
         labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
     else:
         labels, student, teacher = _kept(labels, student, teacher)
-    row_loss = partial(_distillation_rows, has_labels=False, kind=kind, beta=beta, temperature=temperature)
+    row_loss = partial(distillation_loss, has_labels=False, kind=kind, beta=beta, temperature=temperature)
     return chunked_rows(row_loss, student, None, teacher, None, labels, parts=2)[0]
 
 
@@ -148,16 +148,8 @@ def linear_cross_entropy(
 def _ce_rows(
     student: Tensor, teacher: Tensor | None, labels: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    total, gradient = _label_loss(torch.log_softmax(student, -1), labels, with_gradient)
+    total, gradient = label_loss_and_gradient(torch.log_softmax(student, -1), labels, with_gradient)
     return total, total[None], gradient
-
-
-def _label_loss(log_q: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy and its gradient by the logits, which takes the place of `log_q`."""
-    total = -log_q.gather(1, labels[:, None]).sum()
-    if not with_gradient:
-        return total, None
-    return total, log_q.exp_().scatter_add_(1, labels[:, None], log_q.new_full((1, 1), -1.0).expand(len(labels), 1))
 
 
 def linear_kl_divergence(
@@ -261,7 +253,7 @@ def linear_kl_parts(
     if labels is None:
         labels = torch.zeros(student_hidden.shape[0], dtype=torch.long, device=student_hidden.device)
     row_loss = partial(
-        _distillation_rows,
+        distillation_loss,
         has_labels=has_labels,
         ce_weight=ce_weight,
         kl_weight=kl_weight,
@@ -273,37 +265,6 @@ def linear_kl_parts(
         row_loss, student_hidden, student.cut(vocab), teacher_hidden, teacher.cut(vocab), labels, parts=2
     )
     return LossParts(loss, parts[0], parts[1])
-
-
-def _distillation_rows(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    with_gradient: bool,
-    *,
-    has_labels: bool,
-    ce_weight: float = 0.0,
-    kl_weight: float = 1.0,
-    kind: Kind,
-    beta: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    assert teacher is not None
-    log_q = log_probabilities(student, temperature)
-    ce, d_ce = torch.zeros_like(log_q[:1, 0]).sum(), None
-    if has_labels:  # at temperature 1
-        if with_gradient and ce_weight:
-            ce, d_ce = _label_loss(torch.log_softmax(student, -1), labels, True)
-        else:
-            ce, _ = _label_loss(log_q if temperature == 1.0 else torch.log_softmax(student, -1), labels, False)
-    rows, gradient = divergence_and_gradient(log_q, log_probabilities(teacher, temperature), kind, beta, with_gradient)
-    kl = temperature**2 * rows.sum()
-    if gradient is not None:
-        factor = kl_weight * temperature  # T² of the loss, 1/T of the chain rule
-        gradient = gradient.mul_(factor) if factor != 1.0 else gradient
-        if d_ce is not None:
-            gradient.add_(d_ce, alpha=ce_weight)
-    return ce_weight * ce + kl_weight * kl, torch.stack([ce, kl]), gradient
 
 
 def linear_divergence(

@@ -18,6 +18,7 @@ from lightning_itk.divergence import Kind, divergence_and_gradient
 TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Scores of one model that a tile holds at most, unless 8 query rows alone need more: 1 MiB in fp32, which stays in a
 core's cache, and 128 MiB on a GPU, where small tiles would only be launches."""
+_UNSEEN = -80.0  # exp() of less takes a CPU six times as long, and e^-80 is no probability that counts
 _DOCUMENT_ROWS = 32
 """A tile of packed rows ends with a document once it has this many, so that it computes little that nobody sees."""
 
@@ -148,8 +149,9 @@ class _Rows:
 
 
 def _log_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
-    # A finite fill keeps the log-probability of a hidden key finite: 0 * inf would be nan.
-    return torch.log_softmax(scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 4), dim=-1)
+    """Log-probabilities; a hidden key has _UNSEEN in both maps, so their difference there is exactly 0."""
+    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 4)
+    return torch.log_softmax(scores, dim=-1).masked_fill_(hidden, _UNSEEN)
 
 
 def _tile_divergence(
@@ -213,6 +215,8 @@ class _AttentionKL(torch.autograd.Function):
                     total += (divergence * weight).sum()
                     if dq is None or gradient is None:
                         continue
+                    if kind == "reverse":  # q * row there; forward's q - p is 0 by itself
+                        gradient.masked_fill_(hidden, 0.0)
                     gradient *= weight[..., None] * (student.scale / student.temperature)
                     if slope is not None:
                         gradient *= slope

@@ -352,6 +352,17 @@ def test_only_kept_rows_are_computed(monkeypatch) -> None:
     assert seen == [2, 2]
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_what_nobody_sees_gets_no_gradient_at_all(kind) -> None:
+    q_s, k_s, q_t, k_t = inputs()
+    k_s.requires_grad_()
+    seen = torch.ones(2, 13, dtype=torch.bool)
+    seen[:, [0, 5, 12]] = False
+    attention_kl(q_s, k_s, q_t, k_t, key_mask=seen, kind=kind).backward()
+    assert (k_s.grad[:, :, [0, 5, 12]] == 0).all()
+    assert (k_s.grad[:, :, 1] != 0).any()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_other_documents_are_hardly_computed(monkeypatch, causal) -> None:
     """200 + 3 x 10 + 70 packed tokens: each long document is scored alone, the short ones go with a neighbour."""

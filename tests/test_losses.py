@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning_itk import chunked
 from lightning_itk.batch import IGNORE_INDEX
 from lightning_itk.chunked import Head, linear_token_scores
+from lightning_itk.divergence import divergence_and_gradient, divergence_rows, log_probabilities
 from lightning_itk.losses import (
     cross_entropy,
     kl_divergence,
@@ -25,8 +26,9 @@ KINDS = ["forward", "reverse", "jsd"]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several ragged chunks per call."""
+    """Several ragged chunks per call, and several ragged blocks per chunk."""
     monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 97 * 16)
+    monkeypatch.setitem(chunked.BLOCK_ELEMENTS, "cpu", 97 * 5)
 
 
 def reference(student, teacher, kind, beta, temperature):
@@ -77,6 +79,17 @@ def test_kl_divergence_is_the_formula(kind, beta, temperature):
     torch.testing.assert_close(grads(actual, student), grads(expected, student), atol=1e-12, rtol=1e-8)
     if kind == "jsd" and beta in (0.0, 1.0):
         assert actual == 0
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.2), ("jsd", 0.0)])
+def test_closed_forms_are_what_autograd_makes_of_the_formulas(kind, beta):
+    student, teacher = (3 * torch.randn(2, 5, 31, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    expected = divergence_rows(student, teacher, kind, beta)
+    logs = [log_probabilities(x.detach()) for x in (student, teacher)]
+    rows, gradient = divergence_and_gradient(*logs, kind, beta, True)
+    torch.testing.assert_close(rows, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])
 
 
 @pytest.mark.parametrize(("kind", "temperature"), list(itertools.product(KINDS, [1.0, 2.5])))
