@@ -38,7 +38,7 @@ def _commit() -> str:
         return run.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/lightning_itk", ":/kernels", ".")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/lightning_itk", ":/kernels", ".", ":(exclude)results")
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ITK_COMMIT", "unknown")  # a copy of the tree without its history
