@@ -38,7 +38,8 @@ def _commit() -> str:
         return run.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/lightning_itk", ":/kernels", ".", ":(exclude)results")
+        code = (":/lightning_itk", ":/kernels", ".", ":(exclude)results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ITK_COMMIT", "unknown")  # a copy of the tree without its history

@@ -1,8 +1,9 @@
 """Print a result file as the Markdown tables of README.md.
 
     python benchmarks/tables.py benchmarks/results/DATE-DEVICE-cpu.jsonl
+    python benchmarks/tables.py benchmarks/results/DATE-DEVICE-cpu.jsonl --before OLDER.jsonl   # what changed since
 
-README.md holds this output word for word between its two markers; a test compares them.
+README.md holds this output word for word between its markers; a test compares them.
 """
 
 import argparse
@@ -143,11 +144,12 @@ def data_path(rows: list[Row]) -> Iterator[str]:
 def markdown(path: Path) -> str:
     rows = read(path)
     first = rows[0]
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
     peers = ", ".join(f"{name} {version}" for name, version in first["peers"].items() if version)
     where = [first["device"], f"{first['threads']} thread(s) of {first['cores']} cores"] * (first["kind"] == "cpu")
     lines = [
         f"`{path.name}`: {', '.join(where or [first['device']])}, torch {first['torch']}, triton {first['triton']}, "
-        f"Python {first['python']}, {peers}; {first['date'][:10]}, commit {first['commit']}, "
+        f"Python {first['python']}, {peers}; {first['date'][:10]}, commit {commits}, "
         f"load at the start {first['load_at_start']}; times by {first['clock']}.",
         "",
         *accuracy(rows),
@@ -158,10 +160,29 @@ def markdown(path: Path) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+def changes(before: Path, after: Path) -> str:
+    """Forward + backward of what both files have, side by side."""
+
+    def measured(path: Path) -> dict[tuple[str, str, str], Row]:
+        rows = (r for r in read(path) if r["status"] == "ok" and r.get("mode") == "forward+backward")
+        return {(r["subject"], shape_name(r["shape"]), r["provider"]): r for r in rows}
+
+    old, new = measured(before), measured(after)
+    lines = [
+        [*key, number(row["ms"]), number(new[key]["ms"]), number(row["memory_mib"]), number(new[key]["memory_mib"])]
+        for key, row in old.items()
+        if key in new
+    ]
+    head = ["subject", "shape", "by", "before, ms", "after, ms", "before, MiB", "after, MiB"]
+    return "\n".join(table(head, lines)).strip() + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path)
-    print(markdown(parser.parse_args().results), end="")
+    parser.add_argument("--before", type=Path, help="an older file: print what changed instead")
+    options = parser.parse_args()
+    print(changes(options.before, options.results) if options.before else markdown(options.results), end="")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks run in their tiny form, refuse to time what is wrong, and their results can be read and drawn."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,30 @@ def test_pictures_are_drawn(results, tmp_path):
     path.write_text("".join(results(subject).read_text() for subject in subjects))
     drawn = {picture.stem.removeprefix("all-") for picture in pictures.draw(path)}
     assert drawn == set(subjects)
+
+
+def test_the_report_says_what_the_rows_say():
+    import tables
+
+    report = (BENCHMARKS / "README.md").read_text()
+    held = re.findall(r"<!-- tables of (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
+    assert held
+    for path, text in held:
+        assert text == tables.markdown(BENCHMARKS / path)
+    held = re.findall(r"<!-- changes since (\S+) in (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
+    assert held
+    for before, after, text in held:
+        assert text == tables.changes(BENCHMARKS / before, BENCHMARKS / after)
+
+
+def test_tables_hold_every_subject(results, tmp_path):
+    import tables
+
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(results(subject).read_text() for subject in SUBJECTS))
+    text = tables.markdown(path)
+    assert text.count("#### ") == 2 + len(tables.KERNELS) + 3
+    assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
 
 
 def rows_of(**providers) -> dict[str, list[dict]]:
