@@ -34,6 +34,7 @@ bench: $(INSTALLED)  ## what a CPU can say
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 # One call of under ten minutes: the benchmarks get what the tests leave of them, also where a test fails.
 gpu:  ## GPU tests, then all benchmarks; results in benchmarks/results
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU here; make bench says what a CPU can")'
 	start=$$(date +%s); failed=0; \
 	$(GPU_PYTHON) -m pytest -m gpu || failed=$$?; \
 	$(GPU_PYTHON) benchmarks/run.py --full --budget $$((540 - $$(date +%s) + start)) || failed=$$?; \
