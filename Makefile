@@ -32,12 +32,16 @@ bench: $(INSTALLED)  ## what a CPU can say
 
 # Runs in the environment of the caller where there is no .venv: GPU machines often bring their own torch.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-# One call of under ten minutes: the benchmarks get what the tests leave of them, also where a test fails.
-gpu:  ## GPU tests, then all benchmarks; results in benchmarks/results
+RESULTS ?= benchmarks/results
+GPU_TESTS := tests/test_kernel_gpu.py tests/test_gpu_modules.py tests/test_benchmarks.py
+
+# One call of under ten minutes: the benchmarks get what the tests leave of them, also where a test fails. A process per
+# file of tests, because one bad memory access ends them all.
+gpu:  ## GPU tests, then all benchmarks; results in RESULTS=benchmarks/results
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU here; make bench says what a CPU can")'
 	start=$$(date +%s); failed=0; \
-	$(GPU_PYTHON) -m pytest -m gpu || failed=$$?; \
-	$(GPU_PYTHON) benchmarks/run.py --full --budget $$((540 - $$(date +%s) + start)) || failed=$$?; \
+	for file in $(GPU_TESTS); do $(GPU_PYTHON) -m pytest -m gpu $$file || failed=$$?; done; \
+	$(GPU_PYTHON) benchmarks/run.py --full --output $(RESULTS) --budget $$((540 - $$(date +%s) + start)) || failed=$$?; \
 	exit $$failed
 
 clean:  ## remove what the targets made

@@ -90,8 +90,9 @@ class _Plain(torch.autograd.Function):
         lse_kernel[grid](q_s, k_s, doc, lse_s, s, h, k_s.shape[1], scales[0], window, ds, pads[0], m, n)
         lse_kernel[grid](q_t, k_t, doc, lse_t, s, h, k_t.shape[1], scales[1], window, dt, pads[1], m, n)
         dq, dk = torch.empty_like(q_s), torch.zeros_like(k_s, dtype=torch.float32)
+        stages = 2 if max(pads) > 128 else 3  # what fits the shared memory of an H100
         loss_kernel[grid](q_s, k_s, q_t, k_t, doc, lse_s, lse_t, weight, kl, dq, dk, s, h, k_s.shape[1], k_t.shape[1],
-                          *scales, window, ds, dt, *pads, m, n)  # fmt: skip
+                          *scales, window, ds, dt, *pads, m, n, num_stages=stages)  # fmt: skip
         ctx.save_for_backward(dq, dk)
         ctx.dtype = k_s.dtype
         return kl.sum()

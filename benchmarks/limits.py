@@ -59,6 +59,9 @@ def _climb(
             loss = build(problem)
             inputs = problem.make(0, False)
             step = call(loss, inputs, problem, "forward+backward")
+            if settings.device == "cuda":
+                step()  # compiles and tunes
+                synchronize(settings.device)
             start = time.monotonic()
             step()
             synchronize(settings.device)

@@ -71,6 +71,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def device_works(device: str) -> bool:
+    """False after an error that leaves a process without its GPU."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def clock(device: str) -> float:
     """Seconds for differences. On a CPU the time this process computes, so that others on the machine hardly count."""
     return time.perf_counter() if device == "cuda" else time.process_time()

@@ -14,14 +14,17 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from machine import describe
+from machine import PEERS, describe, device_works, version
 from measure import Settings, failures_as_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
 
 SUBJECTS = {  # name -> weight in the budget, in order of importance
     "accuracy": 5,
@@ -58,6 +61,19 @@ def show(row: dict) -> None:
     print(" ".join(parts), flush=True)
 
 
+def run_subjects(wanted: list[str], settings: Settings, deadline: float) -> list[str]:
+    """Run subjects, each in its share of the time; returns those that this process cannot run any more."""
+    for number, subject in enumerate(wanted):
+        weights = [SUBJECTS[later] for later in wanted[number:]]
+        left = deadline - time.monotonic()
+        settings.deadline = time.monotonic() + left * weights[0] / sum(weights)
+        with failures_as_rows(settings, {"subject": subject, "provider": "*", "mode": "*", "shape": {}}):
+            importlib.import_module(subject).run(settings)
+        if not device_works(settings.device):  # an illegal access: nothing here reaches the device any more
+            return wanted[number + 1 :]
+    return []
+
+
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     size = parser.add_mutually_exclusive_group()
@@ -78,6 +94,9 @@ def main(arguments: list[str] | None = None) -> Path:
     budget = options.budget or (420 if options.full else 1200)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    absent = [peer for peer in PEERS if version(peer) is None]
+    if absent:
+        print(f"run.py: not installed, so without numbers: {', '.join(absent)}", file=sys.stderr)
 
     options.output.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", describe(device)["device"].lower()).strip("-")
@@ -101,12 +120,12 @@ def main(arguments: list[str] | None = None) -> Path:
         if options.tiny:
             settings.samples, settings.warmup = 1, 0
         wanted = [subject for subject in SUBJECTS if subject in options.only]
-        for number, subject in enumerate(wanted):
-            left = budget - (time.monotonic() - start)
-            weights = [SUBJECTS[later] for later in wanted[number:]]
-            settings.deadline = time.monotonic() + left * weights[0] / sum(weights)
-            with failures_as_rows(settings, {"subject": subject, "provider": "*", "mode": "*", "shape": {}}):
-                importlib.import_module(subject).run(settings)
+        rest = run_subjects(wanted, settings, start + budget)
+    if rest:
+        print("run.py: an error broke the device's context; a new process does the rest", file=sys.stderr)
+        again = [sys.executable, __file__, "--full", "--output", str(options.output)]
+        left = str(budget - (time.monotonic() - start))
+        subprocess.run([*again, "--budget", left, "--only", *rest], check=True)
     print(f"{path}: {len(settings.rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return path
 

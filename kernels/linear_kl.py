@@ -218,7 +218,7 @@ def linear_loss(
                 )
                 part = part[:, :v]
                 if want_hidden and not keep:
-                    _matmul(part, weight[:v], d_hidden[chunk], unit)
+                    _matmul(part, weight[:v], d_hidden[chunk], unit, wide=True)
                 if want_weight and not keep:
                     _matmul(part.t(), hidden[chunk], d_weight_sum, accumulate=start > 0)
                 if want_bias:
@@ -226,7 +226,7 @@ def linear_loss(
                     d_bias[:v] = total if start == 0 else d_bias[:v] + total
             if keep:  # one GEMM each: no pass over the weight or its gradient per chunk
                 if want_hidden:
-                    _matmul(dz[:, :v], weight[:v], d_hidden, unit)
+                    _matmul(dz[:, :v], weight[:v], d_hidden, unit, wide=True)
                 _matmul(dz[:, :v].t(), hidden, d_weight_sum, unit)
             elif want_weight:
                 d_weight[:v] = d_weight_sum if unit == 1 else d_weight_sum.mul_(unit)
@@ -292,12 +292,16 @@ def _chunk_rows(n: int, bytes_per_row: int, budget: int) -> int:
     return min(max(n, 1), -(-n // chunks // 128) * 128)
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor, unit: float = 1.0, accumulate: bool = False) -> None:
-    """out = unit · (a @ b), or out += a @ b into fp32, always summed in fp32."""
-    if unit != 1.0 and out.dtype != torch.float32:
+def _matmul(a: Tensor, b: Tensor, out: Tensor, unit: float = 1.0, accumulate: bool = False, wide: bool = False) -> None:
+    """out = unit · (a @ b), or out += a @ b into fp32; summed in fp32.
+
+    `wide` makes an fp32 product and rounds it once: where the sum is as long as the vocabulary, cuBLAS may split it and
+    add the parts in bf16 (torch's `allow_bf16_reduced_precision_reduction`, on by default).
+    """
+    if (unit != 1.0 or wide) and out.dtype != torch.float32:
         product = torch.empty(out.shape, dtype=torch.float32, device=out.device)
         _matmul(a, b, product)
-        out.copy_(product.mul_(unit))
+        out.copy_(product if unit == 1.0 else product.mul_(unit))
     elif a.dtype == out.dtype and (a.is_cuda or a.dtype == torch.float32):
         _ = torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif out.dtype == torch.float32 and a.is_cuda and _widens(a.device, a.dtype, accumulate):

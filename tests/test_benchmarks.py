@@ -156,6 +156,25 @@ def test_no_time_left(tmp_path):
     assert {row["status"] for row in rows} == {"skipped"}
 
 
+def test_what_a_broken_device_leaves_is_done_by_a_new_process(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(run, "device_works", lambda device: False)
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **options: commands.append(command))
+    run.main(["--tiny", "--only", "linear_ce", "kl_logits", "limits", "--output", str(tmp_path)])
+    (command,) = commands
+    assert command[command.index("--only") + 1 :] == ["kl_logits", "limits"]
+    assert 1100 < float(command[command.index("--budget") + 1]) < 1200
+
+
+def test_the_package_is_found_without_being_installed():
+    """On a machine that brings its own torch nothing is installed; -S hides what is installed here."""
+    code = "import run, importlib.util; print(importlib.util.find_spec('lightning_itk').origin)"
+    site = Path(torch.__file__).parents[1]  # on the path it gives its packages, but no editable installs
+    environment = os.environ | {"PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{site}"}
+    found = subprocess.check_output([sys.executable, "-S", "-c", code], env=environment, cwd="/", text=True)
+    assert Path(found.strip()).parents[1] == BENCHMARKS.parent
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_full_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
