@@ -141,7 +141,8 @@ def by_autograd(row_loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]) -> 
         with torch.set_grad_enabled(with_gradient):
             student = student.detach().requires_grad_(with_gradient)
             total = row_loss(student, teacher, labels).sum()
-            gradient = torch.autograd.grad(total, student)[0] if with_gradient else None
+            # Contiguous: the gradient of a plain sum is one number, expanded, and will be scaled in place.
+            gradient = torch.autograd.grad(total, student)[0].contiguous() if with_gradient else None
         return total.detach(), total.detach()[None], gradient
 
     return summed

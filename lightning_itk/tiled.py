@@ -4,6 +4,7 @@ No map of S x S scores is ever held: a tile is scored, compared and differentiat
 path, the oracle of the Triton kernel and the baseline of its benchmark. Shapes as in `attention.py`.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -116,19 +117,19 @@ class _Rows:
             positions = self.keep[rows].any(0).nonzero().flatten()
             tiles: list[tuple[Tensor, slice]] = []
             for part in positions.split(self._documents(start, positions)):
-                if not part.numel():
-                    continue
-                first, last = self.first[rows][:, part], self.last[rows][:, part]
-                widest = int((last - first).max()) + 1
-                count = max(8, budget // (heads * (rows.stop - rows.start) * widest))
-                for tile, lo, hi in zip(part.split(count), first.split(count, 1), last.split(count, 1), strict=True):
-                    tiles.append((tile, slice(int(lo.min()), int(hi.max()) + 1)))
+                lo = self.first[rows][:, part].amin(0).tolist()
+                hi = self.last[rows][:, part].amax(0).tolist()
+                done = 0
+                while done < len(part):
+                    count = _rows_that_fit(lo, hi, done, budget // (heads * (rows.stop - rows.start)))
+                    tile, done = part[done : done + count], done + count
+                    tiles.append((tile, slice(lo[done - count], hi[done - 1] + 1)))
             if tiles:
                 yield rows, tiles
 
     def _documents(self, row: int, positions: Tensor) -> list[int]:
         """How many of these query positions to take at a time: a few short segments, or a single long one."""
-        if self.segment is None:
+        if self.segment is None or not len(positions):
             return [len(positions)]
         sizes, size = [], 0
         for length in torch.unique_consecutive(self.segment[row][positions], return_counts=True)[1].tolist():
@@ -136,7 +137,7 @@ class _Rows:
             if size >= _DOCUMENT_ROWS:
                 sizes.append(size)
                 size = 0
-        return [*sizes, size]
+        return [*sizes, size] if size else sizes
 
     def visible(self, rows: slice, tile: Tensor, keys: slice, device: torch.device) -> Bool[Tensor, "b 1 rows keys"]:
         key = torch.arange(keys.start, keys.stop, device=device)
@@ -146,6 +147,18 @@ class _Rows:
         if self.key_mask is not None:
             visible &= self.key_mask[rows, keys].to(device)[:, None, None, :]
         return visible
+
+
+def _rows_that_fit(lo: list[int], hi: list[int], start: int, budget: int) -> int:
+    """How many query rows from `start` on make a tile of at most `budget` scores a head, but at least 8.
+
+    Args:
+        lo: by row, the first key that it sees; never falls.
+        hi: the last.
+    """
+    left = len(lo) - start
+    fit = bisect_right(range(1, left + 1), budget, key=lambda rows: rows * (hi[start + rows - 1] - lo[start] + 1))
+    return min(left, max(8, fit))
 
 
 def _log_softmax(scores: Tensor, hidden: Tensor) -> Tensor:

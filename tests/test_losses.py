@@ -137,6 +137,16 @@ def test_any_row_loss_can_be_chunked():
     torch.testing.assert_close(grads(actual, h, w), grads(expected, h, w))
 
 
+def test_a_row_loss_whose_gradient_is_one_expanded_number():
+    h, w, ht, wt, labels = case()
+    h.requires_grad_()
+    head = Head(w, scale=0.5, softcap=3.0)
+    expected = logits_of(h, head)[labels != IGNORE_INDEX].sum()
+    actual = linear_divergence(lambda s, *_: s.sum(-1), h, head, ht, wt, labels)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(grads(actual, h), grads(expected, h))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(kind):
     h, w, *_, labels = case(std=12)
