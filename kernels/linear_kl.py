@@ -5,12 +5,12 @@ gradients are finished in the forward pass (the loss is a sum, so backward only 
 gradients `linear_eval.py` runs instead and keeps no logits at all. README.md has the maths and the memory.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .gemm import matmul
 from .launch import KINDS, require
 from .linear_eval import evaluate
 from .rows import check_rows, row_strided, token_loss
@@ -199,9 +199,9 @@ def linear_loss(
                 chunk = slice(start, min(start + rows, n))
                 size = chunk.stop - start
                 part = dz[chunk] if keep else dz[:size]
-                _matmul(hidden[chunk], weight[:v].t(), z_s[:size, :v])
+                matmul(hidden[chunk], weight[:v].t(), z_s[:size, :v])
                 if teacher is not None and z_t is not None:
-                    _matmul(teacher[0][chunk], teacher[1][:v].t(), z_t[:size, :v])
+                    matmul(teacher[0][chunk], teacher[1][:v].t(), z_t[:size, :v])
                 token_loss(
                     z_s[:size],
                     None if z_t is None else z_t[:size],
@@ -218,16 +218,16 @@ def linear_loss(
                 )
                 part = part[:, :v]
                 if want_hidden and not keep:
-                    _matmul(part, weight[:v], d_hidden[chunk], unit, wide=True)
+                    matmul(part, weight[:v], d_hidden[chunk], unit, wide=True)
                 if want_weight and not keep:
-                    _matmul(part.t(), hidden[chunk], d_weight_sum, accumulate=start > 0)
+                    matmul(part.t(), hidden[chunk], d_weight_sum, accumulate=start > 0)
                 if want_bias:
                     total = part.sum(0, dtype=torch.float32)
                     d_bias[:v] = total if start == 0 else d_bias[:v] + total
             if keep:  # one GEMM each: no pass over the weight or its gradient per chunk
                 if want_hidden:
-                    _matmul(dz[:, :v], weight[:v], d_hidden, unit, wide=True)
-                _matmul(dz[:, :v].t(), hidden, d_weight_sum, unit)
+                    matmul(dz[:, :v], weight[:v], d_hidden, unit, wide=True)
+                matmul(dz[:, :v].t(), hidden, d_weight_sum, unit)
             elif want_weight:
                 d_weight[:v] = d_weight_sum if unit == 1 else d_weight_sum.mul_(unit)
             d_weight[v:].zero_()
@@ -290,43 +290,3 @@ def _chunk_rows(n: int, bytes_per_row: int, budget: int) -> int:
     most = max(128, budget // bytes_per_row // 128 * 128)
     chunks = max(1, -(-n // most))
     return min(max(n, 1), -(-n // chunks // 128) * 128)
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor, unit: float = 1.0, accumulate: bool = False, wide: bool = False) -> None:
-    """out = unit · (a @ b), or out += a @ b into fp32; summed in fp32.
-
-    `wide` makes an fp32 product and rounds it once: where the sum is as long as the vocabulary, cuBLAS may split it and
-    add the parts in bf16 (torch's `allow_bf16_reduced_precision_reduction`, on by default).
-    """
-    if (unit != 1.0 or wide) and out.dtype != torch.float32:
-        product = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        _matmul(a, b, product)
-        out.copy_(product if unit == 1.0 else product.mul_(unit))
-    elif a.dtype == out.dtype and (a.is_cuda or a.dtype == torch.float32):
-        _ = torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32 and a.is_cuda and _widens(a.device, a.dtype, accumulate):
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-    elif accumulate:
-        out.addmm_(a.float(), b.float())
-    else:
-        out.copy_(a.float() @ b.float())
-    if unit != 1.0 and out.dtype == torch.float32:
-        out.mul_(unit)
-
-
-@functools.cache
-def _widens(device: torch.device, dtype: torch.dtype, accumulate: bool) -> bool:
-    """Whether this build multiplies `dtype` into fp32 (cuBLAS does; probed once with 16 x 16 matrices)."""
-    a = torch.zeros(16, 16, dtype=dtype, device=device)
-    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
-    try:
-        if accumulate:
-            torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, a, out_dtype=torch.float32, out=out)
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_itk.losses import Impl, resolve_impl
-from lightning_itk.tiled import group_heads, tiled_attention_kl
+from lightning_itk.implementation import Impl, resolve_impl
+from lightning_itk.tiled import tiled_attention_kl
 
 Kind = Literal["forward", "reverse"]
 
@@ -73,8 +73,6 @@ def attention_kl(
         RuntimeError: `impl="triton"` where Triton cannot run; the message says why.
     """
     _check_shapes(q_student, k_student, q_teacher, k_teacher, key_mask, row_mask)
-    if head_map is None:
-        group_heads(q_student.shape[1], q_teacher.shape[1])  # raises where they do not divide
     if kind not in ("forward", "reverse"):
         raise ValueError(f'attention_kl: kind must be "forward" or "reverse", found {kind!r}')
     if not temperature > 0:

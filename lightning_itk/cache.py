@@ -1,4 +1,4 @@
-"""Tokenized records on disk: made once, in parallel and in bounded memory, then memory-mapped.
+"""Tokenized records on disk: made once, in parallel and in bounded memory; `tokenized.py` reads them.
 
 One folder per source, named after everything its content depends on: the file's bytes, the column map, the tokenizer,
 the chat template, the length limit. It appears by a rename when it is complete, so a killed run leaves nothing that
@@ -8,7 +8,6 @@ could be taken for a cache.
 import contextlib
 import hashlib
 import json
-import mmap
 import multiprocessing
 import os
 import shutil
@@ -18,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -32,95 +30,18 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from lightning_itk.chat import ChatEncoder, Encoded
 from lightning_itk.records import DataError, Fingerprint, Record
 from lightning_itk.sources import Chunk, Source, content_hash, parse_chunk, read_chunks
+from lightning_itk.tokenized import SCHEMA, Summary, TokenizedSource
 
 FORMAT_VERSION = 1
 CUT_OFF = "response cut off by max_length"
 TOO_LONG = "prompt longer than max_length"
 
 _IN_PROCESS_CHUNKS = 4  # so few chunks are done before worker processes have started
-_RELEASE_BYTES = 1 << 28
-_SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "spans": pa.list_(pa.int32()),  # flat pairs: first learned token, one after the last
-        "record": pa.int64(),  # number of the record in its source
-        "teacher": pa.int32(),  # index into the tags of the metadata
-        "response_chars": pa.int32(),
-        "digest": pa.uint64(),  # of the conversation, without the tokenizer
-    }
-)
 
 
 def default_cache_dir() -> Path:
     """$ITK_CACHE, else ~/.cache/lightning_itk."""
     return Path(os.environ.get("ITK_CACHE") or Path.home() / ".cache" / "lightning_itk")
-
-
-@dataclass
-class Summary:
-    """What became of the records of a source."""
-
-    records: int = 0
-    samples: int = 0
-    truncated: int = 0  # samples kept with the end of their conversation cut off
-    tokens: int = 0
-    learned: int = 0
-    max_token_id: int = -1
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> records
-    teachers: list[str] = field(default_factory=list)  # tags in order of appearance
-    fingerprint: str = ""  # of the records in their order, dropped ones included, without the tokenizer
-
-
-class TokenizedSource:
-    """The samples of one source, read from its cache folder without loading them into memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            self.summary = Summary(**json.loads((folder / "summary.json").read_text()))
-            with (folder / "samples.arrow").open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            reader = pa.ipc.open_file(pa.py_buffer(self._map))
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-            raise DataError(f"{folder}: broken cache ({error}): delete this folder") from error
-
-        def whole(name: str) -> np.ndarray:
-            dtype = _SCHEMA.field(name).type.to_pandas_dtype()
-            return np.concatenate([np.empty(0, dtype), *(batch.column(name).to_numpy() for batch in batches)])
-
-        def lists(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-            columns = [batch.column(name) for batch in batches]
-            return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
-
-        self._input_ids, self._spans = lists("input_ids"), lists("spans")
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        counts = [np.diff(offsets) for offsets, _ in self._input_ids]
-        self.lengths = np.concatenate([np.empty(0, np.int32), *counts])  # tokens [samples]
-        self.learned = np.concatenate([np.empty(0, np.int32), *(_widths(*spans) for spans in self._spans)])
-        self.record, self.teacher = whole("record"), whole("teacher")
-        self.response_chars, self.digest = whole("response_chars"), whole("digest")
-        self._bytes_read = 0
-
-    def __reduce__(self) -> tuple[type["TokenizedSource"], tuple[Path]]:
-        return TokenizedSource, (self.folder,)  # spawned loader workers map the file themselves
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Encoded:
-        """Copies of the tokens and the learned spans of a sample."""
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - self._starts[batch]
-        (id_offsets, ids), (span_offsets, spans) = self._input_ids[batch], self._spans[batch]
-        tokens = np.array(ids[id_offsets[row] : id_offsets[row + 1]])
-        learned = np.array(spans[span_offsets[row] : span_offsets[row + 1]]).reshape(-1, 2)
-        self._bytes_read += tokens.nbytes
-        if self._bytes_read > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            # Mapped pages count as this process's memory; handing them back leaves them in the system's file cache.
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._bytes_read = 0
-        return Encoded(tokens, learned)
 
 
 def tokenize(
@@ -232,19 +153,13 @@ def _flat(spans: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int32), *(span.ravel() for span in spans)])
 
 
-def _widths(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """Learned tokens per sample, from flat pairs of ends."""
-    total = np.concatenate([[0], np.cumsum(spans[1::2] - spans[::2])])
-    return np.diff(total[offsets // 2]).astype(np.int32)
-
-
 def _build(folder: Path, job: _Job, num_proc: int, progress: bool) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         partial.mkdir()
-        with pa.OSFile(str(partial / "samples.arrow"), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        with pa.OSFile(str(partial / "samples.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             summary = _write(writer, job, num_proc, progress)
         (partial / "summary.json").write_text(json.dumps(summary.__dict__))
         try:
@@ -271,7 +186,7 @@ def _write(writer: pa.RecordBatchFileWriter, job: _Job, num_proc: int, progress:
             teacher = np.array([tags.setdefault(tag, len(tags)) for tag in block.tags], np.int32)
             arrays = {**block.columns, "teacher": teacher}
             if block.counts["samples"]:
-                writer.write_batch(pa.record_batch([_array(arrays[name]) for name in _SCHEMA.names], schema=_SCHEMA))
+                writer.write_batch(pa.record_batch([_array(arrays[name]) for name in SCHEMA.names], schema=SCHEMA))
             for name in ("records", "samples", "truncated", "tokens", "learned"):
                 setattr(summary, name, getattr(summary, name) + block.counts[name])
             summary.max_token_id = max(summary.max_token_id, block.counts["max_token_id"])

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from lightning_itk.export import export
 from lightning_itk.hidden import base_causal_lm
+from lightning_itk.implementation import resolve_impl
 from lightning_itk.loading import DType
-from lightning_itk.losses import resolve_impl
 from lightning_itk.module import InstructionModule
 
 

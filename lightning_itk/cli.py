@@ -72,9 +72,8 @@ def _command(name: str, args: list[str]) -> int:
 def _stage(args: list[str]) -> int:
     from lightning_itk.trainer_cli import InstructionCLI
 
-    sys.path.append(
-        os.getcwd()
-    )  # so that class_path finds a module beside the configuration; last, so it hides nothing
+    # So that class_path finds a module beside the configuration; last, so it hides nothing.
+    sys.path.append(os.getcwd())
     InstructionCLI.start(args)
     return 0
 

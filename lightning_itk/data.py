@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_itk.cache import TokenizedSource, tokenize
+from lightning_itk.cache import tokenize
 from lightning_itk.chat import ChatEncoder
 from lightning_itk.loader import ResumableLoader, SampleSet
 from lightning_itk.records import DataError
@@ -18,6 +18,7 @@ from lightning_itk.sampler import BatchSampler, MixedSource
 from lightning_itk.sources import Sources, as_sources
 from lightning_itk.split import held_out
 from lightning_itk.subset import Subset, choose
+from lightning_itk.tokenized import TokenizedSource
 
 
 class InstructionDataModule(L.LightningDataModule):

@@ -15,8 +15,8 @@ from lightning_itk.attention import attention_kl
 from lightning_itk.batch import Batch, cu_seqlens, is_packed, next_token_labels, real_tokens, select
 from lightning_itk.capture import AttentionTap, LayerAttention, install, layer_map
 from lightning_itk.chunked import Head, linear_token_scores
+from lightning_itk.implementation import Impl
 from lightning_itk.loading import DType
-from lightning_itk.losses import Impl
 from lightning_itk.module import InstructionModule
 from lightning_itk.teacher import Answer, Teacher
 

@@ -113,14 +113,11 @@ def distillation_loss(
     """
     assert teacher is not None
     log_q = log_probabilities(student, temperature)
-    ce, d_ce = torch.zeros_like(log_q[:1, 0]).sum(), None
-    if has_labels:  # at temperature 1
-        if with_gradient and ce_weight:
-            ce, d_ce = label_loss_and_gradient(torch.log_softmax(student, -1), labels, True)
-        else:
-            ce, _ = label_loss_and_gradient(
-                log_q if temperature == 1.0 else torch.log_softmax(student, -1), labels, False
-            )
+    ce, d_ce = log_q.new_zeros(()), None
+    if has_labels:
+        plain = log_q if temperature == 1.0 else torch.log_softmax(student, -1)
+        wanted = with_gradient and ce_weight != 0
+        ce, d_ce = label_loss_and_gradient(plain.clone() if wanted else plain, labels, wanted)
     rows, gradient = divergence_and_gradient(log_q, log_probabilities(teacher, temperature), kind, beta, with_gradient)
     kl = temperature**2 * rows.sum()
     if gradient is not None:

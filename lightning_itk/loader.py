@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, pack, pad
-from lightning_itk.cache import TokenizedSource
 from lightning_itk.records import joint_fingerprint
 from lightning_itk.sampler import BatchSampler
+from lightning_itk.tokenized import TokenizedSource
 
 
 class SampleSet(Dataset[list[Sample]]):

@@ -10,7 +10,7 @@ gradients on the way, so nothing of size N x V outlives a chunk.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ from torch import Tensor
 from lightning_itk.batch import IGNORE_INDEX
 from lightning_itk.chunked import Head, by_autograd, chunked_rows
 from lightning_itk.divergence import Kind, check_divergence, distillation_loss, label_loss_and_gradient
-
-Impl = Literal["auto", "torch", "triton"]
+from lightning_itk.implementation import Impl, resolve_impl
 
 
 class LossParts(NamedTuple):
@@ -30,31 +29,6 @@ class LossParts(NamedTuple):
     loss: Float[Tensor, ""]  # ce_weight * ce + kl_weight * kl, differentiable
     ce: Float[Tensor, ""]  # detached, for the log
     kl: Float[Tensor, ""]  # detached, T² included
-
-
-def resolve_impl(impl: Impl, tensor: Tensor) -> Literal["torch", "triton"]:
-    """Which implementation runs for tensors like this one.
-
-    Raises:
-        RuntimeError: `impl="triton"` where Triton cannot run; the message says why.
-    """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
-    if impl == "torch" or (impl == "auto" and tensor.device.type != "cuda"):
-        return "torch"
-    try:
-        from lightning_itk.kernels.launch import supported
-    except ImportError as error:
-        reason: str | None = f"triton cannot be imported ({error})"
-    else:
-        reason = supported(tensor.device)
-        if tensor.dtype == torch.float64:
-            reason = "the kernels compute in fp32 and would lose fp64 precision"
-    if reason is None:
-        return "triton"
-    if impl == "triton":
-        raise RuntimeError(f"impl='triton' cannot run here: {reason}")
-    return "torch"
 
 
 def cross_entropy(

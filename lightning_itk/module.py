@@ -18,8 +18,8 @@ from lightning_itk.batch import Batch, count_targets, flatten, is_packed, left_p
 from lightning_itk.checkpoint import keep_out_of_checkpoints, plain_hparams, rng_states, set_rng_state
 from lightning_itk.chunked import Head, linear_token_scores
 from lightning_itk.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
+from lightning_itk.implementation import Impl
 from lightning_itk.loading import DType, LoRA, add_lora, load_causal_lm, load_tokenizer
-from lightning_itk.losses import Impl
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
 
 # Losses are sums. Backward sees them times this constant, which keeps fp16 gradients in range and, being a power of

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_itk import tiled
-from lightning_itk.attention import attention_kl, group_heads
+from lightning_itk.attention import attention_kl
 from lightning_itk.batch import IGNORE_INDEX, Sample, next_token_labels, pad
+from lightning_itk.tiled import group_heads
 
 
 def inputs(

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pytest
 from tiny import byte_tokenizer
 
-import lightning_itk.cache as cache
-from lightning_itk.cache import CUT_OFF, TOO_LONG, TokenizedSource, tokenize
+from lightning_itk import cache, tokenized
+from lightning_itk.cache import CUT_OFF, TOO_LONG, tokenize
 from lightning_itk.chat import ChatEncoder
 from lightning_itk.records import DataError
 from lightning_itk.sources import Source, read
+from lightning_itk.tokenized import TokenizedSource
 
 ENCODER = ChatEncoder(byte_tokenizer())
 
@@ -170,7 +171,7 @@ def test_broken_cache_is_named(tmp_path: Path) -> None:
 
 def test_pages_are_handed_back(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = content(tokenize(source, ENCODER, 100, cache_dir=tmp_path))
-    monkeypatch.setattr(cache, "_RELEASE_BYTES", 1000)
+    monkeypatch.setattr(tokenized, "_RELEASE_BYTES", 1000)
     assert content(tokenize(source, ENCODER, 100, cache_dir=tmp_path)) == expected
 
 

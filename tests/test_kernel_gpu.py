@@ -15,8 +15,9 @@ import triton
 
 from lightning_itk.kernels import launch
 from lightning_itk.kernels.attention import attention_kl
+from lightning_itk.kernels.gemm import widens
 from lightning_itk.kernels.kl import kl_rows
-from lightning_itk.kernels.linear_kl import _widens, linear_cross_entropy, linear_kl_divergence
+from lightning_itk.kernels.linear_kl import linear_cross_entropy, linear_kl_divergence
 
 device = torch.device("cuda")
 pytestmark = [
@@ -106,7 +107,7 @@ def test_linear_chunks_agree(scratch, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_is_multiplied_into_fp32_without_copies(dtype, accumulate):
     if torch.version.cuda:
-        assert _widens(device, dtype, accumulate)
+        assert widens(device, dtype, accumulate)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
