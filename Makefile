@@ -33,7 +33,7 @@ bench: $(INSTALLED)  ## what a CPU can say
 # Runs in the environment of the caller where there is no .venv: GPU machines often bring their own torch.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 RESULTS ?= benchmarks/results
-GPU_TESTS := tests/test_kernel_gpu.py tests/test_gpu_modules.py tests/test_benchmarks.py
+GPU_TESTS := tests/kernels/test_gpu.py tests/methods/test_gpu.py tests/benchmarks/test_benchmarks.py
 
 # One call of under ten minutes: the benchmarks get what the tests leave of them, also where a test fails. A process per
 # file of tests, because one bad memory access ends them all.

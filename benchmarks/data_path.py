@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerFast
 
 import lightning_itk as itk
 from lightning_itk.batch import count_targets, model_inputs, real_tokens
-from lightning_itk.cache import tokenize
-from lightning_itk.chat import ChatEncoder
-from lightning_itk.packing import best_fit
+from lightning_itk.data.cache import tokenize
+from lightning_itk.data.chat import ChatEncoder
+from lightning_itk.data.packing import best_fit
+from lightning_itk.data.sources import Source, parse_chunk, read_chunks
 from lightning_itk.recorder import sample_tokens
 from lightning_itk.selection import sample_scores, select
-from lightning_itk.sources import Source, parse_chunk, read_chunks
-from lightning_itk.toy import make_records
+from lightning_itk.toy.world import make_records
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

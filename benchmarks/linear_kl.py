@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
-from lightning_itk.divergence import divergence_rows
 from lightning_itk.losses import linear_kl_divergence
+from lightning_itk.losses.divergence import divergence_rows
 
 
 class Shape(NamedTuple):

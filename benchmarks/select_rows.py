@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_itk.scores import append_epoch, read_scores, write_scores
 from lightning_itk.selection import Order, sample_scores, select
+from lightning_itk.selection.scores import append_epoch, read_scores, write_scores
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, count_targets, model_inputs, next_token_labels, pad
-from lightning_itk.dae import DAEModule
-from lightning_itk.distillation import AttentionLoss
-from lightning_itk.kd import KDModule
-from lightning_itk.module import InstructionModule
-from lightning_itk.sft import SFTModule
+from lightning_itk.methods.dae import DAEModule
+from lightning_itk.methods.distillation import AttentionLoss
+from lightning_itk.methods.kd import KDModule
+from lightning_itk.methods.module import InstructionModule
+from lightning_itk.methods.sft import SFTModule
 
 Loss = Callable[[Batch], Tensor]
 TAGS = ("", "expert")

@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 
-from lightning_itk.export import export
-from lightning_itk.hidden import base_causal_lm
-from lightning_itk.implementation import resolve_impl
-from lightning_itk.loading import DType
-from lightning_itk.module import InstructionModule
+from lightning_itk.losses.implementation import resolve_impl
+from lightning_itk.methods.module import InstructionModule
+from lightning_itk.models.export import export
+from lightning_itk.models.hidden import base_causal_lm
+from lightning_itk.models.loading import DType
 
 
 class HFExport(Callback):

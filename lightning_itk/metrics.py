@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_itk.choice import compatibility_adjusted_reward
+from lightning_itk.choice.car import compatibility_adjusted_reward
 
 
 class TokenMean(Metric):

@@ -13,10 +13,10 @@ from rich.progress import track
 from torch import Tensor
 
 from lightning_itk.batch import next_token_labels
-from lightning_itk.chunked import linear_token_scores
-from lightning_itk.hidden import base_causal_lm, hidden_states
-from lightning_itk.module import InstructionModule
-from lightning_itk.scores import append_epoch, read_meta, write_scores
+from lightning_itk.losses.chunked import linear_token_scores
+from lightning_itk.methods.module import InstructionModule
+from lightning_itk.models.hidden import base_causal_lm, hidden_states
+from lightning_itk.selection.scores import append_epoch, read_meta, write_scores
 
 
 class ResponseLossRecorder(Callback):

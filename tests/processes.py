@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning_itk", "lightning_itk.toy", "tiny"])
+CONTEXT.set_forkserver_preload(["lightning_itk", "lightning_itk.toy.world", "tiny"])
 
 
 def _enter(function: Callable[..., None], args: tuple[Any, ...], env: dict[str, str]) -> None:

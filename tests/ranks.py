@@ -4,9 +4,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from exact import SAMPLES, TAGS, module
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_exactness import SAMPLES, TAGS, module
 from tiny import byte_tokenizer
 from torch.distributed.tensor import DTensor
 

@@ -1,6 +1,8 @@
 """What test_resume.py runs in processes of its own: a training run that may be killed at any micro-batch."""
 
+import json
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -10,8 +12,20 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny import byte_tokenizer, tiny_model
 
 import lightning_itk as itk
-from lightning_itk.distillation import AttentionLoss
+from lightning_itk.methods.distillation import AttentionLoss
 from lightning_itk.recorder import ResponseLossRecorder
+
+
+def write_records(folder: Path) -> str:
+    """42 prompts with completions of very different lengths, in a file."""
+    rng = random.Random(0)
+    rows = [
+        {"prompt": "say " + "ab" * rng.randint(1, 8), "completion": "cd" * rng.randint(1, 20) + str(i)}
+        for i in range(42)
+    ]
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 class Kill(Callback):

@@ -6,8 +6,9 @@ from tiny import byte_tokenizer, ragged_samples, tiny_model
 import lightning_itk as itk
 from lightning_itk import batch as b
 from lightning_itk.callbacks import HFExport, RunCard, run_facts
-from lightning_itk.export import export
-from lightning_itk.loading import LoRA
+from lightning_itk.methods.distillation import AttentionLoss
+from lightning_itk.models.export import export
+from lightning_itk.models.loading import LoRA
 
 
 def loader():
@@ -96,7 +97,7 @@ def test_export_in_another_dtype(tmp_path):
 
 
 def test_the_run_card_says_what_runs(tmp_path, capsys):
-    module = itk.KDModule(tiny_model(), tiny_model("llama", 1), attention=itk.kd.AttentionLoss())
+    module = itk.KDModule(tiny_model(), tiny_model("llama", 1), attention=AttentionLoss())
     trainer = fit(module, tmp_path, RunCard(), accumulate_grad_batches=2)
     facts = run_facts(trainer, module)
     assert facts["losses"] == "torch (impl=auto) on cpu"

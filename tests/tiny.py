@@ -76,3 +76,16 @@ def ragged_samples(count: int = 16, vocab: int = 300, seed: int = 0, teachers: i
         labels = np.where(np.arange(length) < prompt, IGNORE_INDEX, ids)
         samples.append(Sample(ids, labels, i, teachers - 1 if i % 3 == 0 else 0))
     return samples
+
+
+def reward_model(folder, template: bool = True, labels: int = 1, arch: str = "llama") -> str:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(arch, **SIZES, **EXTRA.get(arch, {}), num_labels=labels, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return str(folder)

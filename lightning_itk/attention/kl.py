@@ -1,0 +1,140 @@
+"""The attention loss: the divergence between two models' attention maps, computed from queries and keys.
+
+Shapes: B rows, S positions, H query heads, K key heads (K divides H), D head dimension. Suffixes `_s` and `_t` are the
+student and the teacher, which may differ in H, K and D. This file checks and dispatches; the torch implementation is in
+`tiled.py`, the Triton one in `kernels/attention.py`.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_itk.attention.tiled import tiled_attention_kl
+from lightning_itk.losses.implementation import Impl, resolve_impl
+
+Kind = Literal["forward", "reverse"]
+
+
+def attention_kl(
+    q_student: Float[Tensor, "B Hs S Ds"],
+    k_student: Float[Tensor, "B Ks S Ds"],
+    q_teacher: Float[Tensor, "B Ht S Dt"],
+    k_teacher: Float[Tensor, "B Kt S Dt"],
+    *,
+    scale_student: float | None = None,
+    scale_teacher: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Int[Tensor, "segments+1"] | None = None,
+    key_mask: Bool[Tensor, "B S"] | None = None,
+    row_mask: Bool[Tensor, "B S"] | None = None,
+    kind: Kind = "forward",
+    temperature: float = 1.0,
+    head_map: Int[Tensor, "Hs G"] | Int[Tensor, "Hs"] | list | None = None,
+    softcap_student: float | None = None,
+    softcap_teacher: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, ""]:
+    """Sum over query rows of the mean over student heads of KL(teacher's attention row || student's attention row).
+
+    The attention term of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112), without its mean over rows.
+    Scores, softmaxes and gradients are in fp32 (fp64 for fp64 inputs) whatever the input dtype. The teacher gets no
+    gradient. A row that sees no key counts 0.
+
+    Args:
+        q_student: student queries after the rotary embedding.
+        k_student: student keys; their head count divides that of the queries (grouped-query attention).
+        q_teacher: teacher queries.
+        k_teacher: teacher keys.
+        scale_student: what the student multiplies its scores with; default 1 / sqrt(Ds).
+        scale_teacher: the same for the teacher; default 1 / sqrt(Dt).
+        causal: a query sees no key after itself.
+        window: how many keys a query sees, itself included (Hugging Face's `sliding_window`); needs `causal`.
+        cu_seqlens: boundaries of the segments over the flattened B * S tokens, from 0 to B * S. Tokens attend within
+            their segment only; the end of a row always ends a segment.
+        key_mask: False on keys that nobody sees (padding).
+        row_mask: False on query rows that do not count; rows of the response, shifted like the labels, are True.
+        kind: "forward" = KL(teacher || student), "reverse" = KL(student || teacher).
+        temperature: both score matrices are divided by it; the loss is not multiplied by its square.
+        head_map: teacher head(s) that each student head answers to. Default: consecutive groups, when one head count
+            divides the other. Several teacher heads per student head: the mean of the pairwise divergences.
+        softcap_student: scores become cap * tanh(scores / cap) before the masks (Gemma 2).
+        softcap_teacher: the same for the teacher.
+        impl: "triton", "torch", or "auto": Triton on a GPU that supports it, torch elsewhere.
+
+    Returns:
+        The sum, a scalar; differentiable once with respect to the student's queries and keys.
+
+    Raises:
+        ValueError: shapes that do not fit, head counts that do not divide, an unknown kind, or a temperature or window
+            that is not positive.
+        RuntimeError: `impl="triton"` where Triton cannot run; the message says why.
+    """
+    _check_shapes(q_student, k_student, q_teacher, k_teacher, key_mask, row_mask)
+    if kind not in ("forward", "reverse"):
+        raise ValueError(f'attention_kl: kind must be "forward" or "reverse", found {kind!r}')
+    if not temperature > 0:
+        raise ValueError(f"attention_kl: temperature must be positive, found {temperature}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(
+            f"attention_kl: window must be at least 1 and needs causal=True, found window={window}, {causal=}"
+        )
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
+        raise ValueError(f"attention_kl: cu_seqlens must be a 1-D integer tensor, found {tuple(cu_seqlens.shape)}")
+    arguments: dict[str, Any] = {
+        "scale_student": q_student.shape[-1] ** -0.5 if scale_student is None else scale_student,
+        "scale_teacher": q_teacher.shape[-1] ** -0.5 if scale_teacher is None else scale_teacher,
+        "causal": causal,
+        "window": window,
+        "cu_seqlens": cu_seqlens,
+        "key_mask": key_mask,
+        "row_mask": row_mask,
+        "kind": kind,
+        "temperature": temperature,
+        # None stays None: the kernels have faster tiles for heads that pair by construction.
+        "head_map": None if head_map is None else _checked_head_map(head_map, q_student.shape[1], q_teacher.shape[1]),
+        "softcap_student": softcap_student,
+        "softcap_teacher": softcap_teacher,
+    }
+    q_teacher, k_teacher = q_teacher.detach(), k_teacher.detach()
+    if resolve_impl(impl, q_student) == "triton":
+        from lightning_itk.kernels.attention import attention_kl as triton_attention_kl
+
+        return triton_attention_kl(q_student, k_student, q_teacher, k_teacher, **arguments)
+    return tiled_attention_kl(q_student, k_student, q_teacher, k_teacher, **arguments)
+
+
+def _checked_head_map(head_map: Tensor | list, student_heads: int, teacher_heads: int) -> Tensor:
+    index = torch.as_tensor(head_map).cpu()
+    index = index[:, None] if index.dim() == 1 else index
+    if index.dim() != 2 or index.shape[0] != student_heads or index.shape[1] == 0 or index.is_floating_point():
+        raise ValueError(
+            f"head_map must hold integers [{student_heads}] or [{student_heads}, group], one row per student head; "
+            f"found {index.dtype} {tuple(index.shape)}"
+        )
+    if index.min() < 0 or index.max() >= teacher_heads:
+        raise ValueError(f"head_map must name teacher heads 0..{teacher_heads - 1}, found {index.tolist()}")
+    return index.long()
+
+
+def _check_shapes(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, key_mask: Tensor | None, row_mask: Tensor | None
+) -> None:
+    for name, q, k in (("student", q_s, k_s), ("teacher", q_t, k_t)):
+        fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+        if not fits or q.shape[1] % k.shape[1]:
+            raise ValueError(
+                f"attention_kl: {name} queries [B, H, S, D] and keys [B, K, S, D] must agree with K dividing H; "
+                f"found {tuple(q.shape)} and {tuple(k.shape)}"
+            )
+    tokens = (q_s.shape[0], q_s.shape[2])
+    if tokens != (q_t.shape[0], q_t.shape[2]):
+        raise ValueError(
+            f"attention_kl: student and teacher must see the same tokens; found [B, S] = {tokens} "
+            f"and {(q_t.shape[0], q_t.shape[2])}"
+        )
+    for name, mask in (("key_mask", key_mask), ("row_mask", row_mask)):
+        if mask is not None and (tuple(mask.shape) != tokens or mask.dtype != torch.bool):
+            raise ValueError(f"attention_kl: {name} must be bool {tokens}, found {mask.dtype} {tuple(mask.shape)}")

@@ -1,0 +1,19 @@
+"""Which teacher for which student: CAR and its rivals."""
+
+from lightning_itk.choice.car import (
+    TeacherRank,
+    TeacherResponses,
+    compatibility_adjusted_reward,
+    rank_teachers,
+    shift_rewards,
+)
+from lightning_itk.choice.statistics import rank_surprisal_ratio
+
+__all__ = [
+    "TeacherRank",
+    "TeacherResponses",
+    "compatibility_adjusted_reward",
+    "rank_surprisal_ratio",
+    "rank_teachers",
+    "shift_rewards",
+]

@@ -1,0 +1,103 @@
+"""Rewards of responses from a sequence-classification model, as reward models on the hub are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from lightning_itk.data.records import Message
+from lightning_itk.models.loading import DType, check_folder, first_line, load_tokenizer
+
+
+class RewardModel:
+    """Gives each conversation one number for its last turn.
+
+    A tokenizer with a chat template sees the conversation through it; one without sees question and answer as a pair
+    of texts, as encoder reward models do.
+
+    Args:
+        name: folder or hub name of a sequence classifier with one output.
+        dtype: "auto" keeps the checkpoint's.
+        device: where it runs.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: not such a model, or a head that would be random.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: DType = "auto",
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        check_folder(name)
+        try:
+            loaded = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ValueError(f"reward model {name!r} cannot be loaded: {first_line(error)}") from error
+        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if missing:
+            raise ValueError(f"{name!r} is no reward model: {missing[0]} is not in it and would be random")
+        if model.config.num_labels != 1:
+            raise ValueError(f"{name!r} is no reward model: it has {model.config.num_labels} outputs, expected 1")
+        self.name, self.model = name, model.eval().to(device)  # type: ignore[arg-type]
+        self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"
+        if model.config.pad_token_id is None:  # decoders look for the last token that is no padding
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    def token_ids(self, conversation: Sequence[Message]) -> dict[str, list[int]]:
+        """What the model reads of a conversation that ends with the assistant's turn."""
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(list(conversation), tokenize=False)
+            encoded = self.tokenizer(text, add_special_tokens=False)
+        else:
+            question = "\n\n".join(message["content"] for message in conversation[:-1])
+            encoded = self.tokenizer(question, conversation[-1]["content"])
+        return {name: list(values) for name, values in encoded.items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        batch_size: int = 8,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> NDArray[np.float64]:
+        """The reward of each conversation [conversations].
+
+        Raises:
+            ValueError: a conversation longer than the model reads: cut off, it would be judged for something else.
+        """
+        encoded = [self.token_ids(conversation) for conversation in conversations]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        lengths = np.array([len(entry["input_ids"]) for entry in encoded], np.int64)
+        if limit is not None and (lengths > limit).any():
+            first = int(np.flatnonzero(lengths > limit)[0])
+            raise ValueError(
+                f"conversation {first} has {lengths[first]} tokens, the reward model {self.name!r} reads {limit}"
+            )
+        rewards = np.full(len(encoded), np.nan)
+        order = np.argsort(-lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            inputs = self.tokenizer.pad([encoded[row] for row in rows], return_tensors="pt").to(self.model.device)
+            rewards[rows] = self.model(**inputs).logits[:, 0].double().cpu().numpy()
+            progress(min(start + batch_size, len(order)))
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"the reward model {self.name!r} gives {rewards[~np.isfinite(rewards)][0]} as a reward")
+        return rewards

@@ -1,0 +1,5 @@
+"""The command `lightning-itk`."""
+
+from lightning_itk.cli.main import main
+
+__all__ = ["main"]

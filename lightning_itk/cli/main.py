@@ -1,0 +1,115 @@
+"""The command `lightning-itk`."""
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+# name -> (module, function, one line for --help)
+COMMANDS = {
+    "quickstart": (
+        "toy.quickstart",
+        "quickstart",
+        "train, distil and align tiny models on toy data; no downloads",
+    ),
+    "select": ("cli.commands", "select", "choose records by their learning percentage, from a scores file"),
+    "choose-teacher": ("cli.commands", "choose_teacher", "rank candidate teachers for a student by their responses"),
+    "generate": ("cli.commands", "generate", "write a model's responses to the prompts of a file"),
+    "export": ("cli.commands", "export_checkpoint", "turn a checkpoint into a Hugging Face folder"),
+}
+STAGES = {
+    "fit": "train",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "answer the prompts of data.predict",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; what the user got wrong becomes one line on stderr and exit code 1.
+
+    Set ITK_TRACEBACK=1 to see where an error comes from.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        _print_help()
+        return 0
+    _quiet()
+    try:
+        if args[0] in COMMANDS:
+            return _command(args[0], args[1:])
+        if args[0] in STAGES:
+            return _stage(args)
+        raise ValueError(f"unknown command {args[0]!r}; there are {', '.join([*STAGES, *COMMANDS])}")
+    except Exception as error:
+        if os.environ.get("ITK_TRACEBACK"):
+            raise
+        if not _is_users(error):
+            print("lightning-itk: this looks like a bug; ITK_TRACEBACK=1 shows the whole trace", file=sys.stderr)
+        print(f"lightning-itk: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:  # jsonargparse: --help is 0, a bad argument has printed its line
+        return 0 if stop.code in (0, None) else 1
+    except KeyboardInterrupt:
+        print("lightning-itk: interrupted", file=sys.stderr)
+        return 130
+
+
+def _print_help() -> None:
+    print("usage: lightning-itk COMMAND [--config FILE] [options]\n\ncommands (each has its own --help):")
+    for name, text in {**STAGES, **{name: entry[2] for name, entry in COMMANDS.items()}}.items():
+        print(f"  {name:<16}{text}")
+
+
+def _command(name: str, args: list[str]) -> int:
+    from jsonargparse import auto_cli
+
+    module, function, _ = COMMANDS[name]
+    command: Callable[..., Any] = getattr(import_module(f"lightning_itk.{module}"), function)
+    result = auto_cli(command, args=args, prog=f"lightning-itk {name}", exit_on_error=False, as_positional=False)
+    return result if isinstance(result, int) else 0
+
+
+def _stage(args: list[str]) -> int:
+    from lightning_itk.cli.fit import InstructionCLI
+
+    # So that class_path finds a module beside the configuration; last, so it hides nothing.
+    sys.path.append(os.getcwd())
+    InstructionCLI.start(args)
+    return 0
+
+
+def _is_users(error: Exception) -> bool:
+    from jsonargparse import ArgumentError
+
+    return isinstance(error, ValueError | OSError | ArgumentError | ImportError)
+
+
+# What jsonargparse says around the reason: that it tried a union, with which types, on which whole value.
+_AROUND = re.compile(
+    r"- Expected a <class 'NoneType'>|- Expected a path but|(- )?Does not validate against any of the Union|Subtypes:|"
+    r"Errors:|Given value"
+)
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, without the layers that frameworks put around it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line.removeprefix("- ") for line in lines if line and not _AROUND.match(line)]
+    return " ".join(telling) or " ".join(lines) or type(error).__name__
+
+
+def _quiet() -> None:
+    """No progress bars for loading weights, no deprecation notices of libraries inside libraries."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="lightning|transformers|torch|peft")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

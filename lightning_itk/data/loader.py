@@ -1,0 +1,171 @@
+"""From tokenized sources to batches, and a loader that resumes in the middle of an epoch."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, pack, pad
+from lightning_itk.data.records import joint_fingerprint
+from lightning_itk.data.sampler import BatchSampler
+from lightning_itk.data.samples import TokenizedSource
+
+
+class SampleSet(Dataset[list[Sample]]):
+    """The samples of several sources, one after the other. A sample's id is its record's number over all sources.
+
+    Attributes:
+        lengths: tokens [samples].
+        learned: learned tokens [samples].
+        response_chars: characters of the response [samples].
+        sample_ids: record numbers [samples], dropped records counted.
+        teacher_ids: index into `teachers` [samples].
+        source_ids: number of the source [samples].
+        digests: hash of the conversation [samples].
+        teachers: tags in order of appearance.
+        fingerprint: hash of the records of all sources in their order, whatever the tokenizer.
+    """
+
+    def __init__(self, sources: Sequence[TokenizedSource], tags: Sequence[str | None]) -> None:
+        self._sources = list(sources)
+        offsets = np.cumsum([0, *(source.summary.records for source in sources)])
+        teachers: dict[str, int] = {}
+        teacher_ids = []
+        for source, tag in zip(sources, tags, strict=True):
+            names = source.summary.teachers if tag is None else [tag] * len(source.summary.teachers)
+            local = np.array([teachers.setdefault(name, len(teachers)) for name in names], np.int32)
+            teacher_ids.append(local[source.teacher])
+        self.teachers = tuple(teachers) or ("",)
+        self._starts = np.cumsum([0, *map(len, sources)])
+        self.lengths = np.concatenate([source.lengths for source in sources])
+        self.learned = np.concatenate([source.learned for source in sources])
+        self.response_chars = np.concatenate([source.response_chars for source in sources])
+        self.digests = np.concatenate([source.digest for source in sources])
+        self.sample_ids = np.concatenate([s.record + start for s, start in zip(sources, offsets, strict=False)])
+        self.teacher_ids = np.concatenate(teacher_ids)
+        self.source_ids = np.repeat(np.arange(len(sources)), list(map(len, sources)))
+        self.max_token_id = max(source.summary.max_token_id for source in sources)
+        self.fingerprint = joint_fingerprint(source.summary.fingerprint for source in sources)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: np.ndarray) -> list[Sample]:
+        """The samples of a row."""
+        return [self._sample(int(index)) for index in row]
+
+    def _sample(self, index: int) -> Sample:
+        source = int(self.source_ids[index])
+        encoded = self._sources[source][index - int(self._starts[source])]
+        return Sample(encoded.input_ids, encoded.labels(), int(self.sample_ids[index]), int(self.teacher_ids[index]))
+
+
+def collate(rows: list[list[Sample]], *, pad_id: int, teachers: tuple[str, ...], packing: bool) -> Batch:
+    """A batch of rows.
+
+    No rows at all make the batch of a rank that has no samples in a step: two tokens that a model can run on, so that
+    all ranks take part in its collectives, with nothing to learn and no sample (sample_ids and teacher_ids are -1).
+    """
+    if not rows:
+        nothing = Sample(np.full(2, pad_id), np.full(2, IGNORE_INDEX), -1, -1)
+        batch = (pack if packing else _pad_rows)([[nothing]], pad_id=pad_id, teachers=teachers)
+        if not packing:
+            batch["attention_mask"] = torch.ones_like(batch["attention_mask"])  # a row without any key has no softmax
+        return batch
+    return (pack if packing else _pad_rows)(rows, pad_id=pad_id, teachers=teachers)
+
+
+def _pad_rows(rows: list[list[Sample]], *, pad_id: int, teachers: tuple[str, ...]) -> Batch:
+    return pad([sample for row in rows for sample in row], pad_id=pad_id, teachers=teachers)
+
+
+class ResumableLoader:
+    """Batches of a `BatchSampler`, resumable at any batch.
+
+    Lightning saves `state_dict` with every checkpoint and restores it before the first batch. It counts the batches
+    that were handed out, not those that workers have prepared. This is no torch DataLoader, so Lightning leaves its
+    sampler alone; under DDP the sampler knows its rank itself.
+
+    Args:
+        samples: what to load.
+        sampler: in which batches.
+        pad_id: token id of padding.
+        packing: lay rows out without padding.
+        num_workers: worker processes that prepare batches.
+        pin_memory: copy batches to page-locked memory.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        sampler: BatchSampler,
+        *,
+        pad_id: int,
+        packing: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.samples, self.sampler = samples, sampler
+        self.batch_sampler = None  # Lightning looks, whether an evaluation loader shuffles
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._collate = partial(collate, pad_id=pad_id, teachers=samples.teachers, packing=packing)
+        self._epoch = self._batches = 0  # batches handed out in that epoch
+        self._resume: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator, so nothing is decided before the first batch: Lightning calls iter() before it sets the epoch.
+        start = self._start()
+        self._epoch, self._batches = self.sampler.epoch, start
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=_From(self.sampler, start),  # type: ignore[arg-type]
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            # Its own generator: drawing the workers' seeds must not disturb the random numbers of the training.
+            generator=torch.Generator().manual_seed(self.sampler.seed),
+        )
+        for batch in loader:
+            batch["teachers"] = tuple(batch["teachers"])  # pinning makes a list of it
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._resume is not None:
+            return self._resume
+        return {"epoch": self._epoch, "batches": self._batches, "plan": self.sampler.signature()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume = state
+
+    def _start(self) -> int:
+        """The first batch of this iteration; a restored position counts once, in its own epoch."""
+        state, self._resume = self._resume, None
+        if state is None or state["epoch"] != self.sampler.epoch:
+            return 0
+        for name, now in self.sampler.signature().items():
+            if state["plan"].get(name) != now:
+                raise ValueError(
+                    f"the checkpoint stands in the middle of an epoch with {name} = {state['plan'].get(name)}, this "
+                    f"run has {now}: resume with the same data settings, or from a checkpoint at the end of an epoch"
+                )
+        return int(state["batches"])
+
+
+class _From:
+    """A sampler's batches from some number on."""
+
+    def __init__(self, sampler: BatchSampler, start: int) -> None:
+        self.sampler, self.start = sampler, start
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.start
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        return self.sampler.batches(self.start)

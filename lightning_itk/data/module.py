@@ -1,0 +1,335 @@
+"""InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_itk.data.cache import tokenize
+from lightning_itk.data.chat import ChatEncoder
+from lightning_itk.data.loader import ResumableLoader, SampleSet
+from lightning_itk.data.records import DataError
+from lightning_itk.data.sampler import BatchSampler, MixedSource
+from lightning_itk.data.samples import TokenizedSource
+from lightning_itk.data.sources import Sources, as_sources
+from lightning_itk.data.split import held_out
+from lightning_itk.data.subset import Subset, choose
+
+
+class InstructionDataModule(L.LightningDataModule):
+    """Batches of instruction data from JSON, JSON Lines (also .gz) and Parquet files or hub data sets.
+
+    Records are conversations (`messages`), Alpaca (`instruction`, `input`, `output`), Dolly (`instruction`, `context`,
+    `response`) or `prompt` with `completion`. Every assistant turn is learned, its stop token included, and nothing
+    else. The tokens are cached on disk; samples without a learned token left after truncation are dropped and counted.
+
+    Args:
+        train: A file or hub name, or several; each may be {path, teacher, weight, columns, split} (or a `Source`).
+        validation: A share of the training samples (0 = none), or files like `train`.
+        test: Files like `train` for the test loop; null = the validation samples.
+        predict: Files of prompts for the predict loop; responses in them are ignored.
+        tokenizer: Folder or hub name of the tokenizer (in Python also a loaded one); null = the student's.
+        chat_template: A Jinja chat template, or a file that holds one; null = the tokenizer's own, else the Alpaca
+            prompt.
+        max_length: Tokens per sample, and per row when packing. Longer conversations are cut on the right.
+        batch_size: Rows per micro-batch and rank. A row is a sample, or a pack of up to max_length tokens.
+        eval_batch_size: Samples per batch in validation, test, predict and scoring; null = batch_size.
+        shuffle: A new order every epoch; false keeps the order of the records.
+        packing: Fill rows with several samples, without padding and without attention between them.
+        subset: Train on a part of the samples, chosen by recorded response losses.
+        num_workers: Processes that prepare batches.
+        num_proc: Processes that tokenize; null = one per usable core.
+        cache_dir: Folder of the token caches; null = $ITK_CACHE, else ~/.cache/lightning_itk.
+        seed: Of the order, the validation share and the weights' random choices.
+    """
+
+    def __init__(
+        self,
+        train: Sources,
+        validation: float | Sources = 0.02,
+        test: Sources | None = None,
+        predict: Sources | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        max_length: int = 2048,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        shuffle: bool = True,
+        packing: bool = False,
+        subset: Subset | None = None,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise DataError(f"{name} is {value}, expected {least} or more")
+        if isinstance(validation, float | int) and not 0 <= validation < 1:
+            raise DataError(f"validation is {validation}, expected a share from 0 up to 1 (exclusive), or files")
+        self.sources = {
+            "train": as_sources(train),
+            "validation": [] if isinstance(validation, float | int) else as_sources(validation),
+            "test": as_sources(test),
+            "predict": as_sources(predict),
+        }
+        if not self.sources["train"]:
+            raise DataError("train names no file and no data set")
+        self.validation_share = float(validation) if isinstance(validation, float | int) else 0.0
+        self.max_length, self.batch_size = max_length, batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.shuffle, self.packing, self.seed = shuffle, packing, seed
+        self.subset = Subset(**subset) if isinstance(subset, dict) else subset
+        self.num_workers, self.num_proc, self.cache_dir = num_workers, num_proc, cache_dir
+        self._tokenizer, self._chat_template = tokenizer, read_template(chat_template)
+        self._encoder: ChatEncoder | None = None
+        self._sets: dict[str, SampleSet] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._position: dict[str, Any] | None = None
+
+    # What callbacks and modules may ask for
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a chat template and a pad token."""
+        self._prepared_encoder()
+        assert isinstance(self._tokenizer, PreTrainedTokenizerBase)
+        return self._tokenizer
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """What turns messages into token ids, and into prompts for generation."""
+        return self._prepared_encoder()
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest token id of the data that are set up, padding included."""
+        return max([self._pad_id, *(samples.max_token_id for samples in self._sets.values())])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the training records in their order, the same for every tokenizer."""
+        return self._set("train").fingerprint
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Teacher tags of the training data, in order of appearance."""
+        return self._set("train").teachers
+
+    @property
+    def train_sample_ids(self) -> np.ndarray:
+        """Record numbers [samples] that training draws from: what `scoring_dataloader` covers, subset or not."""
+        return self._set("train").sample_ids[self._pool]
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """Learned tokens [samples] of `train_sample_ids`."""
+        return self._set("train").learned[self._pool]
+
+    @property
+    def response_chars(self) -> np.ndarray:
+        """Characters of the responses [samples] of `train_sample_ids`."""
+        return self._set("train").response_chars[self._pool]
+
+    # Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Tokenize what is not cached. Lightning calls it in one process of each machine."""
+        for name in self.sources:
+            self._tokenized(name, progress=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the caches. stage: fit, validate, test, predict or None for all."""
+        needed = {
+            "fit": ("train", "validation"),
+            "validate": ("train", "validation") if self.validation_share else ("validation",),
+            "test": ("test",) if self.sources["test"] else ("train", "validation"),
+            "predict": ("predict",),
+        }
+        names = needed[stage] if stage else tuple(self.sources)
+        for name in names:
+            if self.sources[name]:
+                self._set(name)
+        if "train" in self._sets:
+            self._split()
+        if stage in ("fit", None):
+            self._chosen = self._choose()
+
+    def train_dataloader(self) -> ResumableLoader:
+        samples = self._set("train")
+        chosen = self._chosen
+        mixed = [
+            MixedSource(chosen[samples.source_ids[chosen] == number], source.weight)
+            for number, source in enumerate(self.sources["train"])
+        ]
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        self._train_loader = self._loader(
+            samples,
+            batch_size=self.batch_size,
+            accumulate=accumulate,
+            shuffle=self.shuffle,
+            pack_to=self.max_length if self.packing else None,
+            sources=mixed,
+        )
+        if self._position is not None:
+            self._train_loader.load_state_dict(self._position)
+            self._position = None
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in its data. Lightning keeps the state of loaders itself, but restores it too late
+        when the number of steps was asked for while the optimizers were made, as every learning-rate schedule does."""
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict.get("train")
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        if self.validation_share:
+            return self._eval_loader("train", self._held_out)
+        return self._eval_loader("validation") if self.sources["validation"] else []
+
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        return self._eval_loader("test") if self.sources["test"] else self.val_dataloader()
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Prompts in the order of their records; labels are all IGNORE_INDEX."""
+        if not self.sources["predict"]:
+            raise DataError("predict names no file: set data.predict to a file of prompts")
+        return self._eval_loader("predict", longest_first=False)
+
+    def scoring_dataloader(self) -> ResumableLoader:
+        """Every sample that scores should cover, exactly once over all ranks, longest first, whatever the subset."""
+        return self._eval_loader("train", self._pool)
+
+    # The parts
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    def _prepared_encoder(self) -> ChatEncoder:
+        if self._encoder is None:
+            if self._tokenizer is None:
+                self._tokenizer = _students_tokenizer(self.trainer)
+            if isinstance(self._tokenizer, str):
+                self._tokenizer = _load_tokenizer(self._tokenizer)
+            self._encoder = ChatEncoder(self._tokenizer, self._chat_template)
+        return self._encoder
+
+    def _tokenized(self, name: str, *, progress: bool) -> list[TokenizedSource]:
+        return [
+            tokenize(
+                source,
+                self.encoder,
+                self.max_length,
+                cache_dir=self.cache_dir,
+                num_proc=self.num_proc,
+                prompts=name == "predict",
+                progress=progress,
+            )
+            for source in self.sources[name]
+        ]
+
+    def _set(self, name: str) -> SampleSet:
+        if name not in self._sets:
+            tokenized = self._tokenized(name, progress=False)
+            self._sets[name] = SampleSet(tokenized, [source.teacher for source in self.sources[name]])
+            _report(name, tokenized, self.max_length)
+        return self._sets[name]
+
+    def _split(self) -> None:
+        out = held_out(self._set("train").digests, self.validation_share, self.seed)
+        self._held_out, self._pool = np.flatnonzero(out), np.flatnonzero(~out)
+
+    def _choose(self) -> np.ndarray:
+        """The samples to train on."""
+        samples, pool = self._set("train"), self._pool
+        if self.subset is None:
+            return pool
+        return pool[
+            choose(self.subset, samples.sample_ids[pool], samples.learned[pool], fingerprint=samples.fingerprint)
+        ]
+
+    def _eval_loader(self, name: str, chosen: np.ndarray | None = None, longest_first: bool = True) -> ResumableLoader:
+        samples = self._set(name)
+        return self._loader(
+            samples,
+            batch_size=self.eval_batch_size,
+            shuffle=False,
+            longest_first=longest_first,
+            sources=[MixedSource(np.arange(len(samples)) if chosen is None else chosen)],
+        )
+
+    def _loader(self, samples: SampleSet, *, pack_to: int | None = None, **plan: Any) -> ResumableLoader:
+        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+        sampler = BatchSampler(
+            samples.lengths,
+            rank=ranks["rank"],
+            world=ranks["num_replicas"],
+            pack_to=pack_to,
+            seed=self.seed,
+            **plan,
+        )
+        return ResumableLoader(
+            samples,
+            sampler,
+            pad_id=self._pad_id,
+            packing=pack_to is not None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def read_template(given: str | None) -> str | None:
+    """The Jinja chat template that is given, itself or as the name of a file."""
+    if given is None or "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).read_text()
+    except OSError as error:
+        raise DataError(f"chat_template: {given}: neither a Jinja template nor a readable file: {error}") from None
+
+
+def _students_tokenizer(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | str:
+    module = getattr(trainer, "lightning_module", None)
+    found = getattr(module, "tokenizer", None) or getattr(getattr(module, "hparams", None), "student", None)
+    if found is None:
+        raise DataError("no tokenizer: set data.tokenizer to a folder or hub name, or train a module with a student")
+    return found
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name}: no tokenizer could be loaded: {reason}") from error
+
+
+def _report(name: str, tokenized: list[TokenizedSource], max_length: int) -> None:
+    """One line on what became of the records. Raises DataError if no sample is left."""
+    summaries = [source.summary for source in tokenized]
+    records, samples, truncated, tokens, learned = (
+        sum(getattr(summary, field) for summary in summaries)
+        for field in ("records", "samples", "truncated", "tokens", "learned")
+    )
+    dropped: Counter[str] = Counter()
+    for summary in summaries:
+        dropped.update(summary.dropped)
+    reasons = ", ".join(f"{count:,} {reason}={max_length}" for reason, count in sorted(dropped.items()))
+    if not samples:
+        raise DataError(f"{name}: no sample is left of {records:,} records: {reasons}")
+    rank_zero_info(
+        f"{name}: {records:,} records, {samples:,} samples"
+        + (f", dropped {reasons}" if reasons else "")
+        + (f", {truncated:,} truncated" if truncated else "")
+        + f", {tokens:,} tokens"
+        + (f", {learned / tokens:.1%} learned" if learned else "")
+    )

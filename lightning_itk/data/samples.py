@@ -1,0 +1,97 @@
+"""The samples of one source as `cache.py` left them on disk: memory-mapped, never loaded whole."""
+
+import json
+import mmap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from lightning_itk.data.chat import Encoded
+from lightning_itk.data.records import DataError
+
+_RELEASE_BYTES = 1 << 28
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.int32()),  # flat pairs: first learned token, one after the last
+        "record": pa.int64(),  # number of the record in its source
+        "teacher": pa.int32(),  # index into the tags of the metadata
+        "response_chars": pa.int32(),
+        "digest": pa.uint64(),  # of the conversation, without the tokenizer
+    }
+)
+
+
+@dataclass
+class Summary:
+    """What became of the records of a source."""
+
+    records: int = 0
+    samples: int = 0
+    truncated: int = 0  # samples kept with the end of their conversation cut off
+    tokens: int = 0
+    learned: int = 0
+    max_token_id: int = -1
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> records
+    teachers: list[str] = field(default_factory=list)  # tags in order of appearance
+    fingerprint: str = ""  # of the records in their order, dropped ones included, without the tokenizer
+
+
+class TokenizedSource:
+    """The samples of one source, read from its cache folder without loading them into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.summary = Summary(**json.loads((folder / "summary.json").read_text()))
+            with (folder / "samples.arrow").open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.py_buffer(self._map))
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise DataError(f"{folder}: broken cache ({error}): delete this folder") from error
+
+        def whole(name: str) -> np.ndarray:
+            dtype = SCHEMA.field(name).type.to_pandas_dtype()
+            return np.concatenate([np.empty(0, dtype), *(batch.column(name).to_numpy() for batch in batches)])
+
+        def lists(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+            columns = [batch.column(name) for batch in batches]
+            return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
+
+        self._input_ids, self._spans = lists("input_ids"), lists("spans")
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        counts = [np.diff(offsets) for offsets, _ in self._input_ids]
+        self.lengths = np.concatenate([np.empty(0, np.int32), *counts])  # tokens [samples]
+        self.learned = np.concatenate([np.empty(0, np.int32), *(_widths(*spans) for spans in self._spans)])
+        self.record, self.teacher = whole("record"), whole("teacher")
+        self.response_chars, self.digest = whole("response_chars"), whole("digest")
+        self._bytes_read = 0
+
+    def __reduce__(self) -> tuple[type["TokenizedSource"], tuple[Path]]:
+        return TokenizedSource, (self.folder,)  # spawned loader workers map the file themselves
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Copies of the tokens and the learned spans of a sample."""
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - self._starts[batch]
+        (id_offsets, ids), (span_offsets, spans) = self._input_ids[batch], self._spans[batch]
+        tokens = np.array(ids[id_offsets[row] : id_offsets[row + 1]])
+        learned = np.array(spans[span_offsets[row] : span_offsets[row + 1]]).reshape(-1, 2)
+        self._bytes_read += tokens.nbytes
+        if self._bytes_read > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            # Mapped pages count as this process's memory; handing them back leaves them in the system's file cache.
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._bytes_read = 0
+        return Encoded(tokens, learned)
+
+
+def _widths(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Learned tokens per sample, from flat pairs of ends."""
+    total = np.concatenate([[0], np.cumsum(spans[1::2] - spans[::2])])
+    return np.diff(total[offsets // 2]).astype(np.int32)

@@ -1,0 +1,117 @@
+"""The subset of a data set that recorded response losses choose."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_itk.data.records import DataError
+from lightning_itk.selection.percentage import Metric, Order, sample_scores, select
+from lightning_itk.selection.scores import check_records, read_scores
+
+
+@dataclass
+class Subset:
+    """Which part of the training samples to train on.
+
+    Args:
+        scores: Parquet file of response losses, written by ResponseLossRecorder for the same records.
+        metric: lp_app or lp (learning percentage), loss (before training) or length (response tokens).
+        fraction: share of the scored samples, in (0, 1].
+        order: lowest (learned late: hard), highest, middle or random.
+        clusters: choose the same share of every cluster: a Parquet file with the columns record and cluster.
+        seed: of order random.
+    """
+
+    scores: str
+    metric: Metric = "lp_app"
+    fraction: float = 0.1
+    order: Order = "lowest"
+    clusters: str | None = None
+    seed: int = 0
+
+
+def choose(subset: Subset, sample_ids: np.ndarray, tokens: np.ndarray, *, fingerprint: str) -> np.ndarray:
+    """The positions in `sample_ids` of the samples to train on.
+
+    Args:
+        subset: what to choose.
+        sample_ids: record numbers [samples] of the training samples.
+        tokens: their response tokens [samples] under the tokenizer of this run.
+        fingerprint: of the records.
+
+    Raises:
+        DataError: no such scores file, of other records, without the needed columns, or nothing to choose from.
+    """
+    try:
+        recorded = read_scores(subset.scores, epochs=epochs_needed(subset.metric))
+        check_records(recorded, fingerprint)
+        place = _places(recorded.record, sample_ids)
+        scores = sample_scores(subset.metric, _at(recorded.losses, place), tokens)
+        clusters = None if subset.clusters is None else clusters_of(subset.clusters, sample_ids, fingerprint)
+        chosen = select(scores, subset.fraction, clusters=clusters, order=subset.order, seed=subset.seed)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"subset of {subset.scores}: {error}") from None
+    if len(chosen) == 0:
+        raise DataError(
+            f"{subset.scores}: the subset is empty: {int(np.isfinite(scores).sum())} of {len(scores)} training "
+            f"samples have a score, fraction is {subset.fraction}"
+        )
+    rank_zero_info(
+        f"subset: {len(chosen):,} of {len(sample_ids):,} samples, {subset.order} {subset.metric}, "
+        f"scored by {recorded.meta.get('model', 'an unnamed model')} ({recorded.meta['epochs']} epochs)"
+    )
+    return chosen
+
+
+def epochs_needed(metric: Metric) -> int | None:
+    """The epochs of losses that a metric looks at; None = all there are."""
+    return {"lp": None, "lp_app": 1}.get(metric, 0)
+
+
+def _places(records: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
+    """Where each sample stands in ascending record numbers, -1 where it does not."""
+    if not len(records):
+        return np.full(len(sample_ids), -1)
+    found = np.searchsorted(records, sample_ids).clip(max=len(records) - 1)
+    return np.where(records[found] == sample_ids, found, -1)
+
+
+def _at(losses: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Columns of losses [epochs + 1, records] by place; nan for -1."""
+    if not losses.shape[1]:
+        return np.full((len(losses), len(place)), np.nan)
+    return np.where(place >= 0, losses[:, place], np.nan)
+
+
+def clusters_of(path: str, sample_ids: np.ndarray, fingerprint: str) -> np.ndarray:
+    """The cluster of each sample; samples that the Parquet file does not name form one of their own.
+
+    Raises:
+        DataError: not such a file, or one that says that it was made on other records.
+    """
+    record, cluster = _read_clusters(path, fingerprint)
+    place = _places(record, sample_ids)
+    if not len(cluster):
+        return np.full(len(sample_ids), -1)
+    return np.where(place >= 0, cluster[place], -1)
+
+
+def _read_clusters(path: str, fingerprint: str) -> tuple[np.ndarray, np.ndarray]:
+    """Record numbers, ascending, and their clusters."""
+    try:
+        table = pq.read_table(path, columns=["record", "cluster"]).sort_by("record")
+        noted = json.loads((table.schema.metadata or {}).get(b"itk", b"{}"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet with the columns record and cluster: {error}") from None
+    if noted.get("fingerprint", fingerprint) != fingerprint:
+        found = f"fingerprint {noted['fingerprint']}, the data has {fingerprint}"
+        raise DataError(f"{path}: made on other records or in another order ({found})")
+    return table.column("record").to_numpy(), table.column("cluster").to_numpy()

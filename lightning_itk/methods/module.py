@@ -1,0 +1,358 @@
+"""InstructionModule: a student, its steps, its exact normalisation. One hook to override: `losses(batch)`."""
+
+import time
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lightning_itk.batch import Batch, count_targets, flatten, is_packed, left_padded, next_token_labels, real_tokens
+from lightning_itk.losses.chunked import Head, linear_token_scores
+from lightning_itk.losses.implementation import Impl
+from lightning_itk.metrics import ResponsePerplexity, TokenMean
+from lightning_itk.models.checkpoint import keep_out_of_checkpoints, plain_hparams, rng_states, set_rng_state
+from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
+from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm, load_tokenizer
+
+# Losses are sums. Backward sees them times this constant, which keeps fp16 gradients in range and, being a power of
+# two, rounds nothing; the gradients are divided by the true token count just before the optimizer looks at them.
+LOSS_SCALE = 2.0**-10
+
+
+class Term(NamedTuple):
+    """One named part of the loss."""
+
+    total: Float[Tensor, ""]  # summed over its elements (tokens, query rows, …), not averaged
+    weight: float = 1.0  # 0 = only logged
+    elements: Tensor | None = None  # what the log divides the total by; None = the batch's response tokens
+
+
+class Ratio(NamedTuple):
+    """One named figure of an evaluation: logged as total / elements over all batches and ranks."""
+
+    total: Tensor
+    elements: Tensor
+
+
+class InstructionModule(L.LightningModule):
+    """Train a causal language model on instruction data; the base of SFTModule, KDModule and DAEModule.
+
+    A subclass implements `losses(batch)`. The gradient of an optimizer step is that of the weighted sum of all terms
+    over all its micro-batches and ranks, divided by the number of response tokens in them.
+
+    Args:
+        student: Folder or hub name that AutoModelForCausalLM reads (in Python also a loaded model).
+        dtype: Precision of the student's weights. float32 keeps small updates that bfloat16 would round away.
+        attn_implementation: sdpa, eager, flash_attention_2, ...; null lets transformers choose.
+        lora: Train low-rank adapters instead of all weights; null trains everything.
+        gradient_checkpointing: Recompute activations in backward to save memory.
+        compile: Compile the student's decoder with torch.compile.
+        optimizer: Builder that takes the trainable parameters.
+        lr_scheduler: A schedule name of transformers (cosine, linear, constant_with_warmup, ...) or a builder that
+            takes the optimizer; null keeps the learning rate constant. Stepped once per optimizer step.
+        warmup: Share of all steps (below 1) or number of steps (1 and more) for a named schedule's warm-up.
+        max_new_tokens: Longest answer in the predict loop.
+        impl: Loss implementation: auto takes Triton on a GPU that supports it and torch elsewhere.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        student: str | PreTrainedModel,
+        *,
+        dtype: DType = "float32",
+        attn_implementation: str | None = None,
+        lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
+        lr_scheduler: LRSchedulerCallable | str | None = "cosine",
+        warmup: float = 0.03,
+        max_new_tokens: int = 256,
+        impl: Impl = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {warmup}")
+        self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
+        self.max_new_tokens = max_new_tokens
+        self.impl: Impl = impl
+        self._trust_remote_code = trust_remote_code
+        self.student_name = student if isinstance(student, str) else str(student.config.name_or_path)
+        if isinstance(student, str):
+            student = load_causal_lm(
+                student,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        check_head(student)
+        model: torch.nn.Module = student
+        if lora is not None:
+            model = add_lora(student, LoRA(**lora) if isinstance(lora, dict) else lora)
+            keep_out_of_checkpoints(model, frozen_only=True)
+        if gradient_checkpointing:
+            # Non-reentrant: side effects of a layer's forward, such as the attention loss, keep their graph.
+            enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            if lora is not None:
+                student.enable_input_require_grads()
+        if compile:
+            base_causal_lm(model).get_decoder().compile()
+        self.student = model.train()  # from_pretrained leaves a model in eval mode
+        self._known: tuple[Batch, dict[str, Any]] | None = None
+        self._window: dict[str, Tensor] = {}
+        self._metrics: dict[str, TokenMean] = {}
+        self._clock: tuple[float, int] | None = None
+        self._rng_states: list[dict[str, Tensor]] | None = None
+        self._packing_checked = False
+
+    # What subclasses use and override
+
+    def losses(self, batch: Batch) -> dict[str, Term]:
+        """Named terms of the loss of one micro-batch. The names must be the same for every batch and rank."""
+        raise NotImplementedError(f"{type(self).__name__} must implement losses(batch)")
+
+    def evaluate(self, batch: Batch) -> dict[str, Ratio]:
+        """Named figures beside the loss terms, for validation and test: the student's own loss and accuracy."""
+        hidden, head, targets = self.response_states(batch)
+        scores = linear_token_scores(hidden, head, targets)
+        count = count_targets(batch)
+        return {
+            "response_loss": Ratio(scores.nll.sum(), count),
+            "token_accuracy": Ratio((scores.top1 == targets).sum(), count),
+        }
+
+    def models(self) -> Iterable[torch.nn.Module]:
+        """Every language model of this module: what FSDP2 shards."""
+        yield self.student
+
+    def run_student(self, batch: Batch) -> HiddenStates:
+        """One forward pass of the student; what a method does around it (attach an attention loss) goes here."""
+        return hidden_states(self.student, batch)
+
+    def student_states(self, batch: Batch) -> HiddenStates:
+        """The student's hidden states [B, S, H] and head; computed once per batch, however often it is asked for."""
+        return self.once(batch, "student", lambda: self.run_student(batch))
+
+    def once(self, batch: Batch, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns for this batch, computed once per step."""
+        if self._known is None or self._known[0] is not batch:
+            self._known = (batch, {})
+        known = self._known[1]
+        if name not in known:
+            known[name] = compute()
+        return known[name]
+
+    def response_states(self, batch: Batch) -> tuple[Float[Tensor, "N H"], Head, Tensor]:
+        """The student's hidden states where something is predicted [N, H], its head, and the targets [N]."""
+        targets = next_token_labels(batch).flatten()
+        rows = (targets >= 0).nonzero().flatten()
+        states, head = self.student_states(batch)
+        return states.flatten(0, 1)[rows], head, targets[rows]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.student_name, trust_remote_code=self._trust_remote_code)
+
+    # Steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch = self._laid_out(batch)
+        terms = self.losses(batch)
+        targets, total = count_targets(batch), _weighted(terms)
+        sums = {"targets": targets, "tokens": real_tokens(batch).sum(), "slots": batch["input_ids"].numel()}
+        for name, term in {**terms, "loss": Term(total)}.items():
+            sums[f"train/{name}"] = term.total
+            sums[f"elements/{name}"] = targets if term.elements is None else term.elements
+        for name, value in sums.items():
+            added = torch.as_tensor(value).detach().double().to(total.device, non_blocking=True)
+            self._window[name] = self._window[name] + added if name in self._window else added
+        return total * LOSS_SCALE
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[int, str]]:
+        """The student's greedy answers to prompts: (sample id, text), padding left out."""
+        data = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None) or self.tokenizer
+        ids, mask = left_padded(batch)
+        generate = base_causal_lm(self.student).generate
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        answers = generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False,
+            eos_token_id=end, pad_token_id=end if pad is None else pad,
+        )  # fmt: skip
+        texts = tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True)
+        samples = batch["sample_ids"].amax(1).tolist()
+        return [(sample, text) for sample, text in zip(samples, texts, strict=True) if sample >= 0]
+
+    def _evaluation_step(self, batch: Batch, stage: str) -> None:
+        batch = self._laid_out(batch)
+        terms, targets = self.losses(batch), count_targets(batch)
+        ratios = {
+            name: Ratio(term.total, targets if term.elements is None else term.elements)
+            for name, term in {**terms, "loss": Term(_weighted(terms))}.items()
+        }
+        ratios |= self.evaluate(batch)
+        for name, ratio in ratios.items():
+            self._metric(f"{stage}/{name}", TokenMean).update(*ratio)
+        self._metric(f"{stage}/perplexity", ResponsePerplexity).update(*ratios["response_loss"])
+
+    def _metric(self, name: str, kind: type[TokenMean]) -> TokenMean:
+        if name not in self._metrics:
+            self._metrics[name] = kind().to(self.device)
+        return self._metrics[name]
+
+    def _laid_out(self, batch: Batch) -> Batch:
+        """The layout this student can run: flash kernels want packed samples in a single row."""
+        if is_packed(batch):
+            if not self._packing_checked:
+                check_packing(self.student)
+                self._packing_checked = True
+            implementation = base_causal_lm(self.student).config._attn_implementation or ""
+            if "flash" in implementation:
+                return flatten(batch)
+        return batch
+
+    # Hooks
+
+    def _set_hparams(self, hp: Any) -> None:
+        # Before Lightning copies them: no models, nothing that a weights_only checkpoint cannot hold.
+        super()._set_hparams(plain_hparams(hp))
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for model in self.models():
+            if isinstance(model, FSDPModule):
+                continue
+            for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+
+    def on_fit_start(self) -> None:
+        if "deepspeed" in type(self.trainer.strategy).__name__.lower():
+            raise ValueError(
+                "DeepSpeed hides the gradients that exact token normalisation has to scale; "
+                "use strategy: ddp, or ModelParallelStrategy (FSDP2)"
+            )
+        largest = getattr(getattr(self.trainer, "datamodule", None), "max_token_id", None)
+        embeddings = base_causal_lm(self.student).get_input_embeddings()
+        assert isinstance(embeddings.weight, Tensor)
+        rows = embeddings.weight.shape[0]
+        if largest is not None and largest >= rows:
+            raise ValueError(
+                f"the data holds token id {largest} but {self.student_name!r} has only {rows} embeddings: "
+                "tokenizer and student do not belong together"
+            )
+
+    def on_train_start(self) -> None:
+        if self._rng_states is not None:
+            set_rng_state(self._rng_states, self.global_rank)
+            self._rng_states = None
+            for callback in self.trainer.checkpoint_callbacks:
+                # Lightning forgets which step it saved last and would save it again after the next micro-batch: a
+                # checkpoint inside an accumulation window, whose gradients nobody has.
+                callback._last_global_step_saved = self.trainer.global_step  # type: ignore[attr-defined]
+        self._clock = None
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        names = sorted(self._window)
+        reduced = self.trainer.strategy.reduce(torch.stack([self._window[n] for n in names]), reduce_op="sum")
+        self._window.clear()
+        sums = dict(zip(names, reduced, strict=True))
+        replicas = _replicas(self.trainer)
+        # Lightning divided each loss by the accumulation, DDP and FSDP averaged over the replicas; ranks that share
+        # a batch (tensor parallel) were counted once each.
+        count = sums["targets"].clamp_min(1) * replicas / self.trainer.world_size
+        factor = self.trainer.accumulate_grad_batches * replicas / (LOSS_SCALE * count)
+        gradients = [_local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.dtype) if gradient.dtype == torch.float64 else factor.float())
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == 0 or (step + 1) % every == 0:
+            self._log_step(optimizer, sums)
+
+    def _log_step(self, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]) -> None:
+        names = [name.removeprefix("train/") for name in sums if name.startswith("train/")]
+        means = {name: (sums[f"train/{name}"] / sums[f"elements/{name}"].clamp_min(1)).float() for name in names}
+        self.log_dict({f"train/{name}": mean for name, mean in means.items()})
+        self.log("loss", means["loss"], prog_bar=True, logger=False)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.log("train/padding", (1 - sums["tokens"] / sums["slots"]).float())
+        now, step = time.perf_counter(), self.trainer.global_step
+        if self._clock is not None and step > self._clock[1]:
+            seconds_per_step = (now - self._clock[0]) / (step - self._clock[1])
+            self.log("tokens/s", (sums["tokens"] / seconds_per_step).float(), prog_bar=True)
+        self._clock = (now, step)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._known = None
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics()
+
+    def _log_metrics(self) -> None:
+        self._known = None
+        for name, metric in self._metrics.items():
+            self.log(name, metric.compute(), prog_bar=name == "val/loss")
+        self._metrics.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng_states"] = rng_states(self.trainer.world_size)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._rng_states = checkpoint.get("rng_states")
+
+    def configure_optimizers(self) -> Any:
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = self.optimizer(trainable)
+        if self.lr_scheduler is None:
+            return optimizer
+        if isinstance(self.lr_scheduler, str):
+            steps = int(self.trainer.estimated_stepping_batches)
+            warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
+            scheduler: Any = get_scheduler(
+                self.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+            )
+        else:
+            scheduler = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _weighted(terms: dict[str, Term]) -> Tensor:
+    return torch.stack([term.weight * term.total for term in terms.values() if term.weight]).sum()
+
+
+def _replicas(trainer: L.Trainer) -> int:
+    """How many different batches are trained on at once."""
+    settings: dict[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return settings.get("num_replicas") or 1
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

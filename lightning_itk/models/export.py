@@ -1,0 +1,132 @@
+"""A trained student as a folder that `AutoModelForCausalLM.from_pretrained` reads, also out of a checkpoint."""
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
+
+
+def export(
+    student: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: DType = "auto",
+    write: bool = True,
+) -> None:
+    """Save weights (safetensors, adapters merged), configuration and tokenizer with its chat template.
+
+    The folder appears complete or not at all; one that exists is replaced. The student is not changed.
+
+    Args:
+        student: a causal LM, in a peft wrapper or not, sharded by FSDP2 or not. Sharded ones must be exported on all
+            ranks at once.
+        dtype: of the saved weights; "auto" = as they are.
+        write: False only takes part in gathering the weights (all ranks but one).
+
+    Raises:
+        ValueError: the folder cannot be written (one line with the reason).
+    """
+    sharded = any(isinstance(module, FSDPModule) for module in student.modules())
+    state = None
+    if sharded:
+        if hasattr(student, "merge_and_unload"):
+            raise ValueError("adapters of a sharded student cannot be merged; run `lightning-itk export` afterwards")
+        state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not write:
+        return
+    if hasattr(student, "merge_and_unload"):
+        student = copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]
+    assert isinstance(student, PreTrainedModel)
+    if dtype != "auto":
+        wanted = getattr(torch, dtype)
+        source: dict[str, Any] = student.state_dict() if state is None else state
+        state = {name: t.to(wanted) if t.is_floating_point() else t for name, t in source.items()}
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written: {error.strerror}") from error
+    try:
+        student.save_pretrained(temporary, state_dict=state)
+        if dtype != "auto":
+            config = json.loads((temporary / "config.json").read_text())
+            (temporary / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if folder.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or "No space left" in str(error):  # safetensors has errors of its own
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise ValueError(f"{folder}: cannot be written: {reason}") from error
+        raise
+
+
+class Trained(NamedTuple):
+    """A student out of a checkpoint."""
+
+    model: torch.nn.Module  # a causal LM, in a peft wrapper or not
+    name: str  # folder or hub name that training began with
+    step: int
+
+
+def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_code: bool = False) -> Trained:
+    """The student of a checkpoint of any module of this kit, built from its hyper-parameters. No teacher is loaded.
+
+    Args:
+        ckpt: the checkpoint file; read as tensors and plain values, no code in it runs.
+        student: what training began with; None = what the hyper-parameters say.
+        trust_remote_code: run code that comes with the student.
+
+    Raises:
+        ValueError: no such file, no checkpoint of this kit, or weights that do not fit the student.
+    """
+    if not Path(ckpt).exists():
+        raise ValueError(f"{ckpt}: no such checkpoint")
+    if Path(ckpt).is_dir():
+        raise ValueError(
+            f"{ckpt}: is a folder, a sharded checkpoint: make one file of it with "
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` first"
+        )
+    try:
+        content = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
+        hparams, state, step = content["hyper_parameters"], content["state_dict"], int(content["global_step"])
+        weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{ckpt}: is no checkpoint of this kit ({type(error).__name__})") from error
+    if not weights:
+        raise ValueError(f"{ckpt}: holds no weights of a student")
+    name = student or hparams.get("student")
+    if not isinstance(name, str):
+        raise ValueError(f"{ckpt}: does not say which model was trained: name it (student)")
+    model: torch.nn.Module = load_causal_lm(
+        name, dtype=hparams.get("dtype") or "auto", trust_remote_code=trust_remote_code
+    )
+    if hparams.get("lora"):
+        model = add_lora(model, LoRA(**dict(hparams["lora"])))  # type: ignore[arg-type]
+    own = model.state_dict()
+    needed = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    wrong = sorted(weights.keys() - own.keys()) or sorted(needed - weights.keys())
+    wrong = wrong or [key for key, value in weights.items() if own[key].shape != value.shape]
+    if wrong:
+        raise ValueError(f"{ckpt}: does not fit the student {name!r}, first at {wrong[0]}")
+    model.load_state_dict(weights, strict=False)
+    return Trained(model, name, step)

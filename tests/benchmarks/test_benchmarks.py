@@ -1,0 +1,223 @@
+"""The benchmarks run in their tiny form, refuse to time what is wrong, and their results can be read and drawn."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import linear_kl  # noqa: E402
+import measure  # noqa: E402
+import memory  # noqa: E402
+import run  # noqa: E402
+
+SUBJECTS = list(run.SUBJECTS)
+STATUSES = {"ok", "not available", "not installed"}
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """`results(subject)` -> the file of a tiny run; made once per subject."""
+    made: dict[str, Path] = {}
+
+    def make(subject: str) -> Path:
+        if subject not in made:
+            folder = tmp_path_factory.mktemp(subject)
+            made[subject] = run.main(["--tiny", "--only", subject, "--output", str(folder)])
+        return made[subject]
+
+    return make
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_subject_in_tiny_form(results, subject):
+    from pictures import read
+
+    rows = read(results(subject))
+    bad = [(r["provider"], r["status"], r.get("reason")) for r in rows if r["status"] not in STATUSES]
+    assert not bad
+    ours = [r for r in rows if r["status"] == "ok" and r["provider"].startswith("lightning_itk")]
+    assert ours
+    for row in rows:
+        assert row["subject"].endswith(subject) or row["subject"].startswith(subject)
+        assert {"device", "torch", "triton", "commit", "date", "cores", "load_at_start"} <= row.keys()
+    timed = [r for r in rows if r["status"] == "ok" and r.get("percent_of_floor")]
+    assert all(r["ms_p20"] <= r["ms"] <= r["ms_p80"] and r["kl"] > 0 for r in timed)
+
+
+def test_pictures_are_drawn(results, tmp_path):
+    import pictures
+
+    path = tmp_path / "all.jsonl"
+    subjects = ("accuracy", "attention_kl", "training_step", "limits")
+    path.write_text("".join(results(subject).read_text() for subject in subjects))
+    drawn = {picture.stem.removeprefix("all-") for picture in pictures.draw(path)}
+    assert drawn == set(subjects)
+
+
+def test_the_report_says_what_the_rows_say():
+    import tables
+
+    report = (BENCHMARKS / "README.md").read_text()
+    held = re.findall(r"<!-- tables of (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
+    assert held
+    for path, text in held:
+        assert text == tables.markdown(BENCHMARKS / path)
+    held = re.findall(r"<!-- changes since (\S+) in (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
+    assert held
+    for before, after, text in held:
+        assert text == tables.changes(BENCHMARKS / before, BENCHMARKS / after)
+
+
+def test_tables_hold_every_subject(results, tmp_path):
+    import tables
+
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(results(subject).read_text() for subject in SUBJECTS))
+    text = tables.markdown(path)
+    assert text.count("#### ") == 2 + len(tables.KERNELS) + 3
+    assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
+
+
+def rows_of(**providers) -> dict[str, list[dict]]:
+    settings = measure.Settings(samples=1, warmup=0, tiny=True)
+    measure.measure(linear_kl.problem(linear_kl.TINY[0], torch.float32, "cpu"), providers, settings)
+    return {name: [row for row in settings.rows if row["provider"] == name] for name in providers}
+
+
+def test_a_wrong_implementation_gets_no_number():
+    right = linear_kl.eager_loss
+
+    def changed(change):
+        def build(problem):
+            loss = right(problem)
+            return lambda x: change(loss(x), x)
+
+        return build
+
+    found = rows_of(
+        right=right,
+        value=changed(lambda value, _: value * 1.01),
+        gradient=changed(lambda value, x: value + 0.01 * (x["student_head"] - x["student_head"].detach()).sum()),
+        nan=changed(lambda value, _: value * float("nan")),
+    )
+    assert [row["mode"] for row in found["right"]] == list(measure.MODES)
+    for name in ("value", "gradient", "nan"):
+        (row,) = found[name]
+        assert row["status"] == "wrong", name
+        assert "ms" not in row
+    assert found["gradient"][0]["reason"].startswith("gradient_error")
+
+
+def test_an_error_in_the_last_rows_of_the_full_size_is_seen(monkeypatch):
+    shape = linear_kl.Shape(600, 8, 8, 50)
+    problem = linear_kl.problem(shape, torch.float32, "cpu")
+    right = linear_kl.eager_loss(problem)
+
+    def loses_rows(x):  # as an index that overflows would
+        kept = {**x, "labels": x["labels"].clone()}
+        kept["labels"][500:] = -100
+        return right(kept)
+
+    settings = measure.Settings(samples=1, warmup=0, tiny=True)
+    measure.measure(problem, {"overflow": lambda _: loses_rows}, settings)
+    assert settings.rows[0]["status"] == "wrong"
+    assert settings.rows[0]["reason"].startswith("gradient_error_full")
+
+
+def test_what_goes_wrong_becomes_a_row():
+    def missing(_):
+        raise ImportError("No module named 'peer'")
+
+    def full(_):
+        def loss(_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return loss
+
+    def broken(_):
+        raise KeyError("peer")
+
+    found = rows_of(missing=missing, full=full, broken=broken)
+    statuses = {name: rows[0]["status"] for name, rows in found.items()}
+    assert statuses == {"missing": "not installed", "full": "out of memory", "broken": "failed"}
+
+
+def test_no_time_left(tmp_path):
+    from pictures import read
+
+    rows = read(run.main(["--tiny", "--only", "kl_logits", "--budget", "1e-9", "--output", str(tmp_path)]))
+    assert {row["status"] for row in rows} == {"skipped"}
+
+
+def test_what_a_broken_device_leaves_is_done_by_a_new_process(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(run, "device_works", lambda device: False)
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **options: commands.append(command))
+    run.main(["--tiny", "--only", "linear_ce", "kl_logits", "limits", "--output", str(tmp_path)])
+    (command,) = commands
+    assert command[command.index("--only") + 1 :] == ["kl_logits", "limits"]
+    assert 1100 < float(command[command.index("--budget") + 1]) < 1200
+
+
+def test_the_package_is_found_without_being_installed():
+    """On a machine that brings its own torch nothing is installed; -S hides what is installed here."""
+    code = "import run, importlib.util; print(importlib.util.find_spec('lightning_itk').origin)"
+    site = Path(torch.__file__).parents[1]  # on the path it gives its packages, but no editable installs
+    environment = os.environ | {"PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{site}"}
+    found = subprocess.check_output([sys.executable, "-S", "-c", code], env=environment, cwd="/", text=True)
+    assert Path(found.strip()).parents[1] == BENCHMARKS.parent
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--full"])
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_live_bytes_counts_the_peak():
+    megabyte = 2**18  # floats
+
+    def action():
+        first = torch.ones(4 * megabyte)
+        second = first + 1
+        del first
+        view = second.view(2, -1)
+        return view.sum() + torch.ones(megabyte).sum()
+
+    assert memory.peak_mib(action, "cpu") == pytest.approx(8, abs=0.01)
+
+
+@pytest.mark.interpret
+def test_the_plain_kernel_in_the_interpreter():
+    code = """
+import torch
+import attention_kl as a
+from measure import Truth, check
+problem = a.problem(a.Shape(1, 18, 2, 2, 8, 16, window=5, documents=2, share=0.5), torch.float32, "cpu")
+found = check(a.plain_kernel(problem), problem, Truth.of(problem))
+assert found["gradient_error"] < 1e-5 and found["value_error"] < 1e-5, found
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "subject", ["accuracy", "linear_kl", "linear_ce", "kl_logits", "attention_kl", "training_step"]
+)
+def test_subject_in_tiny_form_on_a_gpu(subject):
+    import importlib
+
+    settings = measure.Settings(device="cuda", samples=2, warmup=1, tiny=True)
+    importlib.import_module(subject).run(settings)
+    ours = [r for r in settings.rows if r["provider"].startswith("lightning_itk")]
+    assert ours
+    assert all(r["status"] == "ok" for r in ours), [(r["provider"], r.get("reason")) for r in ours]

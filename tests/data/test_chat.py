@@ -1,0 +1,265 @@
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lightning_itk.batch import IGNORE_INDEX
+from lightning_itk.data.chat import ALPACA_TEMPLATE, ChatEncoder, Encoded, encode, ensure_chat_template
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_MARKED_SHORT = CHATML_MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
+)
+CHATML_MARKED_LONG = CHATML_MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+)
+CHATML_NO_PROMPT_FLAG = CHATML.split("{% if add")[0]
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+LLAMA2 = MISTRAL.replace("{{ ' ' + m['content'] + eos_token }}", "{{ ' ' + m['content'] | trim + ' ' + eos_token }}")
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+QWEN3 = (  # drops the thinking of turns before the last question and writes an empty block into the last answer
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% set content = m['content'] %}{% set thought = '' %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ content }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# name: (template, stop token, does the template trim contents, what it writes before an answer that is learned)
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>", False, ""),
+    "chatml marked": (CHATML_MARKED, "<|im_end|>", False, ""),
+    "chatml marked without stop": (CHATML_MARKED_SHORT, "<|im_end|>", False, ""),
+    "chatml marked with line break": (CHATML_MARKED_LONG, "<|im_end|>", False, ""),
+    "chatml without generation prompt": (CHATML_NO_PROMPT_FLAG, "<|im_end|>", False, ""),
+    "llama 3": (LLAMA3, "<|eot_id|>", True, ""),
+    "mistral": (MISTRAL, "</s>", False, " "),
+    "llama 2": (LLAMA2, " </s>", True, " "),
+    "gemma": (GEMMA, "<end_of_turn>", True, ""),
+    "zephyr": (ZEPHYR, "</s>", False, ""),
+    "alpaca": (None, "</s>", False, ""),
+}
+SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"]
+SPECIALS += ["<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
+TEXTS = [
+    "the answer is four, as everybody knows",
+    " is it so?\n\nYes: it is. ",
+    "größe 東京 is <tag> 12345",
+    "Below the line",
+]
+
+
+def make_tokenizer(template: str | None = None, kind: str = "bytes", bos: bool = False) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(byte_fallback=kind == "sentencepiece", unk_token=None))
+    if kind == "bytes":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+        backend.decoder = decoders.ByteLevel()
+        alphabet, extra = pre_tokenizers.ByteLevel.alphabet(), []
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet, extra = list("abcdefghijklmnopqrstuvwxyz"), [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIALS + extra, initial_alphabet=alphabet)
+    backend.train_from_iterator(TEXTS * 5, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIALS[3:]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def learned_texts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> list[str]:
+    """What each span adds to the decoded text (decoding a span alone would lose a leading space)."""
+    ids = encoded.input_ids
+    return [tokenizer.decode(ids[:end])[len(tokenizer.decode(ids[:start])) :] for start, end in encoded.spans]
+
+
+ANSWERS = [
+    ("plain words",),
+    ("first answer", "second answer, longer", "third"),
+    ("  leading and trailing  ",),
+    ("\n\nstarts with lines\n", " one"),
+    ("größe 東京 😀 e\u0301",),
+    ("holds <|im_end|> and </s> inside", "and [INST] too"),
+    ("our own marks \uf4f0 and \uf4f1 inside",),
+    ("x",),
+    ("ends with a stop </s>",),
+    ("same", "same"),
+]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("answers", ANSWERS)
+def test_learned_tokens_are_the_answers_and_their_stops(name: str, kind: str, answers: tuple[str, ...]) -> None:
+    template, stop, trims, before = TEMPLATES[name]
+    tokenizer = make_tokenizer(template, kind)
+    encoder = ChatEncoder(tokenizer)
+    messages = chat(*(text for answer in answers for text in ("What, then?", answer)))
+    encoded = encoder.encode([messages])[0]
+    texts = learned_texts(tokenizer, encoded)
+    assert len(texts) == len(answers)
+    for text, answer in zip(texts, answers, strict=True):
+        expected = (answer.strip() if trims else answer) + stop
+        # One character of the template may share a token with the answer's beginning: "Ġword", or "\n\n".
+        assert text.endswith(expected)
+        assert text.removesuffix(expected) in {"", before, "\n" if answer.startswith("\n") else ""}
+    # The tokens are those of the template itself.
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert encoded.input_ids.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_is_what_training_shows_before_the_answer(name: str) -> None:
+    template, _, _, before = TEMPLATES[name]
+    encoder = ChatEncoder(make_tokenizer(template))
+    text, spans = encoder.render([chat("Why?", "Because.")])[0]
+    prompt = encoder.prompt(chat("Why?"))
+    assert text[: spans[-1][0]] == prompt + before
+    ids = encoder.encode([chat("Why?", "Because.")])[0].input_ids
+    assert encoder.prompt_ids(chat("Why?")).tolist() == ids[: len(encoder.prompt_ids(chat("Why?")))].tolist()
+
+
+@pytest.mark.parametrize("name", ["chatml marked", "alpaca"])
+def test_agrees_with_the_assistant_mask_of_transformers(name: str) -> None:
+    tokenizer = make_tokenizer(TEMPLATES[name][0])
+    messages = chat("Why is it so?", "Because it is.", "Really?", "yes ")
+    ids, labels = encode(tokenizer, messages)
+    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids.tolist() == theirs["input_ids"]
+    assert (labels != IGNORE_INDEX).astype(int).tolist() == theirs["assistant_masks"]
+    assert (labels[labels != IGNORE_INDEX] == ids[labels != IGNORE_INDEX]).all()
+
+
+def test_thinking_blocks_are_learned_where_the_template_writes_them() -> None:
+    tokenizer = make_tokenizer(QWEN3)
+    encoder = ChatEncoder(tokenizer)
+    plain = encoder.encode([chat("One?", "First.", "Two?", "Second.")])[0]
+    assert learned_texts(tokenizer, plain) == ["First.<|im_end|>", "<think>\n\n</think>\n\nSecond.<|im_end|>"]
+    thought = encoder.encode([chat("One?", "<think>\na\n</think>\n\nFirst.", "Two?", "<think>\nb\n</think>\n\nNo.")])[0]
+    assert learned_texts(tokenizer, thought) == ["First.<|im_end|>", "<think>\nb\n</think>\n\nNo.<|im_end|>"]
+
+
+def test_system_turns() -> None:
+    system = [{"role": "system", "content": ""}]
+    for name in ("chatml", "llama 3", "zephyr", "alpaca"):
+        template, stop, _, _ = TEMPLATES[name]
+        tokenizer = make_tokenizer(template)
+        encoded = ChatEncoder(tokenizer).encode([system + chat("q", "answer")])[0]
+        assert learned_texts(tokenizer, encoded) == ["answer" + stop]
+    with pytest.raises(ValueError, match="System role not supported"):
+        ChatEncoder(make_tokenizer(GEMMA)).encode([system + chat("q", "a")])
+
+
+def test_eos_is_appended_where_the_template_has_no_stop() -> None:
+    bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    tokenizer = make_tokenizer(bare)
+    encoded = ChatEncoder(tokenizer).encode([chat("q", "one", "q", "two")])[0]
+    assert [text.strip() for text in learned_texts(tokenizer, encoded)] == ["one", "two</s>"]
+    # A stop that this tokenizer knows only as plain text is learned as text, then EOS.
+    tokenizer = make_tokenizer(CHATML.replace("im_", "xx_"))
+    encoded = ChatEncoder(tokenizer).encode([chat("q", "one", "q", "two")])[0]
+    assert learned_texts(tokenizer, encoded) == ["one<|xx_end|>", "two<|xx_end|></s>"]
+    tokenizer = make_tokenizer(bare)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no stop token and the tokenizer has no EOS"):
+        ChatEncoder(tokenizer).encode([chat("q", "a")])
+
+
+def test_a_template_that_rewrites_answers_is_refused() -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="put {% generation %}"):
+        ChatEncoder(make_tokenizer(template)).encode([chat("q", "a b c", "q", "other")])
+
+
+def test_ensure_chat_template() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    ensure_chat_template(tokenizer)
+    assert tokenizer.chat_template == "{{ bos_token }}" + ALPACA_TEMPLATE
+    assert tokenizer.pad_token == "</s>"
+    assert len(tokenizer) == len(make_tokenizer())
+    encoder = ChatEncoder(tokenizer)
+    text = encoder.prompt(chat("Add 2 and 2."))
+    assert text.startswith("<s>Below is an instruction")
+    assert text.endswith("### Instruction:\nAdd 2 and 2.\n\n### Response:\n")
+    tokenizer = make_tokenizer()
+    ensure_chat_template(tokenizer)
+    assert tokenizer.chat_template == ALPACA_TEMPLATE
+    tokenizer.eos_token = tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="neither a chat template nor an EOS"):
+        ensure_chat_template(tokenizer)
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
+        ChatEncoder(Slow())  # type: ignore[arg-type]
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_are_off() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    expected = ChatEncoder(tokenizer).encode([chat("q", "a longer answer")])[0]
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    np.testing.assert_array_equal(
+        ChatEncoder(tokenizer).encode([chat("q", "a longer answer")])[0].input_ids, expected.input_ids
+    )
+
+
+def test_truncated() -> None:
+    encoded = Encoded(np.arange(10, dtype=np.int32), np.array([[2, 4], [6, 9]], np.int32))
+    assert encoded.truncated(20).spans.tolist() == [[2, 4], [6, 9]]
+    assert encoded.truncated(7).spans.tolist() == [[2, 4], [6, 7]]
+    assert encoded.truncated(6).spans.tolist() == [[2, 4]]
+    assert encoded.truncated(2).spans.tolist() == []
+    # The first token is never predicted.
+    assert Encoded(np.arange(3), np.array([[0, 1]])).truncated(3).spans.tolist() == []
+    assert Encoded(np.arange(3), np.array([[0, 3]])).truncated(3).labels().tolist() == [IGNORE_INDEX, 1, 2]
+
+
+def test_fingerprint_follows_the_tokenizer_and_the_template() -> None:
+    base = ChatEncoder(make_tokenizer(CHATML)).fingerprint()
+    assert base == ChatEncoder(make_tokenizer(CHATML)).fingerprint()
+    assert base != ChatEncoder(make_tokenizer(ZEPHYR)).fingerprint()
+    assert base != ChatEncoder(make_tokenizer(CHATML, "sentencepiece")).fingerprint()

@@ -1,0 +1,298 @@
+"""The attention-map loss in the Triton interpreter against fp64 autograd on materialised maps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from lightning_itk.kernels.attention import attention_backward, attention_kl, attention_loss, segments
+from lightning_itk.kernels.launch import INTERPRET
+
+pytestmark = pytest.mark.interpret
+inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
+
+
+@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+def test_in_the_interpreter():
+    """TRITON_INTERPRET is read when Triton is imported, so the tests of this file get a process of their own."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def visibility(batch, length, causal=True, window=None, cu_seqlens=None, key_mask=None) -> Tensor:  # type: ignore[no-untyped-def]
+    """bool [B, S, S]."""
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    seen = torch.ones(batch, length, length, dtype=torch.bool)
+    if causal:
+        seen &= j <= i
+    if window is not None:
+        seen &= j > i - window
+    if key_mask is not None:
+        seen &= key_mask[:, None]
+    if cu_seqlens is not None:
+        ids = torch.bucketize(torch.arange(batch * length), cu_seqlens, right=True).view(batch, length)
+        seen &= ids[:, :, None] == ids[:, None]
+    return seen
+
+
+def log_map(q, k, seen, scale, cap, temperature) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """Log-probabilities [B, H, S, S] and log-sum-exps [B, H, S]; finite nonsense where nothing is seen."""
+    x = scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2))
+    x = x if cap is None else cap * torch.tanh(x / cap)
+    x = (x / temperature).masked_fill(~seen[:, None], -1e9)
+    return x.log_softmax(-1), x.logsumexp(-1)
+
+
+def reference(  # type: ignore[no-untyped-def]
+    q_s, k_s, q_t, k_t, *, scale_student, scale_teacher, row_mask=None, kind="forward", temperature=1.0, head_map=None,
+    softcap_student=None, softcap_teacher=None, **mask,
+) -> Tensor:  # fmt: skip
+    batch, heads, length, _ = q_s.shape
+    seen = visibility(batch, length, **mask)
+    lq, _ = log_map(q_s, k_s, seen, scale_student, softcap_student, temperature)
+    lp, _ = log_map(q_t, k_t, seen, scale_teacher, softcap_teacher, temperature)
+    if head_map is None:
+        teachers = q_t.shape[1]
+        head_map = (
+            torch.arange(teachers).view(heads, -1)
+            if teachers >= heads
+            else torch.arange(heads)[:, None] * teachers // heads
+        )
+    kept = seen.any(-1) if row_mask is None else seen.any(-1) & row_mask
+    total = q_s.new_zeros(())
+    for g in range(head_map.shape[1]):
+        lp_g = lp[:, head_map[:, g]]
+        terms = lp_g.exp() * (lp_g - lq) if kind == "forward" else lq.exp() * (lq - lp_g)
+        total = total + (terms.masked_fill(~seen[:, None], 0).sum(-1) * kept[:, None]).sum()
+    return total / (head_map.shape[1] * heads)
+
+
+def problem(batch=2, length=50, heads=(4, 2, 4, 2), dims=(16, 24), seed=0, std=1.5):  # type: ignore[no-untyped-def]
+    """q and k of both models, two of them as transposed views, and scales that give scores the standard deviation."""
+    torch.manual_seed(seed)
+    hs, hs_kv, ht, ht_kv = heads
+    q_s = torch.randn(batch, length, hs, dims[0]).transpose(1, 2)
+    k_s = torch.randn(batch, hs_kv, length, dims[0])
+    q_t = torch.randn(batch, ht, length, dims[1])
+    k_t = torch.randn(batch, length, ht_kv, dims[1]).transpose(1, 2)
+    return (q_s, k_s, q_t, k_t), {"scale_student": std * dims[0] ** -0.5, "scale_teacher": std * dims[1] ** -0.5}
+
+
+def check(tensors, options, tolerance=1e-5, lse=None) -> Tensor:  # type: ignore[no-untyped-def]
+    """Value and both gradients under an upstream gradient that is not 1; returns the value."""
+    exact = [x.double() for x in tensors]
+    exact[:2] = [x.detach().requires_grad_() for x in exact[:2]]
+    expected = reference(*exact, **options)
+    (expected * 1.7).backward()
+    leaves = [x.detach().requires_grad_(n < 2) for n, x in enumerate(tensors)]
+    found = attention_kl(*leaves, **options, **(lse or {}))
+    (found * 1.7).backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for name, a, b in zip("qk", leaves, exact, strict=False):
+        assert a.grad is not None
+        assert a.grad.shape == a.shape
+        error = (a.grad.double() - b.grad).norm() / b.grad.norm().clamp_min(1e-12)
+        assert error < tolerance, f"relative error {error:.1e} of d{name}"
+    return found.detach()
+
+
+def padding(length=50) -> Tensor:
+    """Left padding in the first row, right padding in the second."""
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, :9], mask[1, 40:] = False, False
+    return mask
+
+
+def answers(length=50) -> Tensor:
+    rows = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) > 0.5
+    rows[1, :34] = False
+    return rows
+
+
+PACKED = torch.tensor([0, 13, 45, 50, 77, 93], dtype=torch.int32)
+
+
+@inside
+@pytest.mark.parametrize("heads", [(4, 4, 4, 4), (4, 1, 4, 2), (2, 2, 6, 3), (4, 4, 2, 1)], ids=str)
+def test_grouped_heads_on_either_side(heads):
+    check(*problem(heads=heads, length=37))
+
+
+@inside
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    "mask",
+    [{"window": 7}, {"window": 2}, {"cu_seqlens": PACKED}, {"key_mask": padding()}, {"causal": False}],
+    ids=lambda mask: next(iter(mask)) + str(mask.get("window", "")),
+)
+def test_masks(kind, mask):
+    tensors, options = problem(heads=(2, 1, 2, 1))
+    check(tensors, options | mask | {"kind": kind, "row_mask": answers() if "key_mask" in mask else None})
+
+
+@inside
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_everything_at_once(kind):
+    tensors, options = problem(heads=(2, 2, 4, 2))
+    options |= {"window": 20, "cu_seqlens": PACKED, "key_mask": padding(), "row_mask": answers(), "kind": kind}
+    check(tensors, options | {"temperature": 2.0, "softcap_student": 3.0, "softcap_teacher": 4.0})
+
+
+@inside
+def test_the_public_function_lets_the_kernels_pair_heads(monkeypatch):
+    """A head map would cost the larger tiles, and a copy from the host in every layer."""
+    import lightning_itk.attention as public
+    from lightning_itk.kernels import attention as kernels
+
+    fixed = []
+    monkeypatch.setattr(kernels, "attention_loss", lambda *args: fixed.append(args[18]) or attention_loss(*args))
+    tensors, options = problem(heads=(4, 2, 4, 2), length=33)
+    found = public.attention_kl(*(x.float() for x in tensors), **options, impl="triton")
+    torch.testing.assert_close(found, reference(*tensors, **options).float(), rtol=1e-4, atol=0)
+    assert fixed == [True]
+
+
+@inside
+def test_explicit_head_map():
+    tensors, options = problem(heads=(2, 1, 4, 2), length=33)
+    check(tensors, options | {"head_map": torch.tensor([[3, 0], [1, 1]])})
+
+
+@inside
+@pytest.mark.parametrize("dims", [(80, 64), (96, 256), (17, 128)], ids=str)
+def test_head_dims(dims):
+    check(*problem(batch=1, length=35, heads=(1, 1, 1, 1), dims=dims))
+
+
+@inside
+@pytest.mark.parametrize("length", [1, 17, 64])
+def test_lengths(length):
+    check(*problem(batch=1, length=length, heads=(1, 1, 1, 1)))
+
+
+@inside
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_student_close_to_a_sharp_teacher(kind):
+    """Scores of standard deviation 12, where nearly all weight is on one key, and a KL of about 1e-3 per row."""
+    (_, _, q_t, k_t), options = problem(batch=1, heads=(2, 2, 2, 2), dims=(24, 24), std=12.0)
+    tensors = (q_t + 0.004 * torch.randn_like(q_t), k_t + 0.004 * torch.randn_like(k_t), q_t, k_t)
+    value = check(tensors, options | {"kind": kind}, tolerance=1e-3)
+    assert 1e-5 < value / 50 < 1e-2
+
+
+@inside
+@pytest.mark.parametrize("heads", [(2, 1, 2, 1), (2, 1, 4, 2)], ids=str)
+def test_log_sum_exps_from_the_caller(heads):
+    tensors, options = problem(heads=heads)
+    mask = {"key_mask": padding(), "window": 11}
+    seen = visibility(2, 50, **mask)
+    _, lse_s = log_map(*tensors[:2], seen, options["scale_student"], None, 1.0)
+    _, lse_t = log_map(*tensors[2:], seen, options["scale_teacher"], None, 1.0)
+    lse = {"lse_student": lse_s, "lse_teacher": lse_t}
+    check(tensors, options | mask | {"row_mask": answers()}, lse=lse)
+    check(tensors, options | mask, lse=lse)
+
+
+@inside
+def test_rows_without_keys_or_without_loss():
+    tensors, options = problem(length=40)
+    leaves = [x.requires_grad_(n < 2) for n, x in enumerate(tensors)]
+    nothing = torch.zeros(2, 40, dtype=torch.bool)
+    for mask in ({"key_mask": nothing}, {"row_mask": nothing}):
+        loss = attention_kl(*leaves, **options, **mask)
+        gradients = torch.autograd.grad(loss, leaves[:2])
+        assert loss.item() == 0
+        assert not any(g.any() for g in gradients)
+
+
+@inside
+def test_blocks_without_kept_rows_are_never_read():
+    """Queries of blocks that no kept row belongs to may hold anything: every kernel leaves them out."""
+    tensors, options = problem(batch=1, length=70, heads=(2, 1, 2, 1))
+    rows = torch.zeros(1, 70, dtype=torch.bool)
+    rows[0, 66:] = True
+    expected = check(tensors, options | {"row_mask": rows})
+    poisoned = [x.clone() for x in tensors]
+    poisoned[0][:, :, :64], poisoned[2][:, :, :64] = float("nan"), float("nan")
+    leaves = [x.requires_grad_(n < 2) for n, x in enumerate(poisoned)]
+    loss = attention_kl(*leaves, **options, row_mask=rows)
+    loss.backward()
+    assert torch.equal(loss.detach(), expected)
+    assert all(bool(x.grad.isfinite().all()) for x in leaves[:2])
+    assert not leaves[0].grad[:, :, :64].any()
+    assert leaves[1].grad.any()
+
+
+def test_segments_end_with_their_row():
+    found = segments(torch.tensor([0, 3, 3, 6], dtype=torch.int32), 2, 4)
+    assert found[0].tolist() == [[0, 0, 0, 3], [0, 0, 2, 2]]
+    assert found[1].tolist() == [[3, 3, 3, 4], [2, 2, 4, 4]]
+
+
+@inside
+def test_half_precision():
+    tensors, options = problem(batch=1, length=40, heads=(2, 1, 2, 1))
+    check(tuple(x.half() for x in tensors), options, tolerance=3e-3)
+
+
+@inside
+def test_registered_operators_and_compile():
+    tensors, options = problem(batch=1, length=20, heads=(1, 1, 1, 1))
+    leaves = [x.requires_grad_(n < 2) for n, x in enumerate(tensors)]
+    head_map = torch.zeros(1, 1, dtype=torch.int32)
+    scalars = (0.3, 0.3, None, None, True, 0, False, 1.0, True, True, True)
+    masks = (None, None, torch.ones(1, 20, dtype=torch.uint8))
+    torch.library.opcheck(attention_loss, (*leaves, head_map, *masks, None, None, *scalars))
+    saved = (torch.zeros(1, 1, 20), torch.zeros(1, 1, 20), torch.zeros(1, 1, 1, 20))
+    detached = [x.detach() for x in leaves]
+    torch.library.opcheck(attention_backward, (torch.ones(()), *detached, head_map, *masks, *saved, *scalars))
+    compiled = torch.compile(
+        lambda q, k: 3 * attention_kl(q, k, *leaves[2:], **options, cu_seqlens=PACKED[:3]),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    found = torch.autograd.grad(compiled(*leaves[:2]), leaves[:2])
+    eager = torch.autograd.grad(3 * attention_kl(*leaves, **options, cu_seqlens=PACKED[:3]), leaves[:2])
+    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
+
+
+@inside
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "jsd"}, "forward and reverse"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"window": 0}, "window must be positive"),
+        ({"window": 4, "causal": False}, "needs causal"),
+        ({"key_mask": torch.ones(2, 50)}, "key_mask must be bool"),
+        ({"head_map": torch.zeros(3, 1, dtype=torch.int64)}, "head_map must be"),
+        ({"lse_student": torch.zeros(2, 4, 50)}, "come together"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(change, message):
+    tensors, options = problem()
+    with pytest.raises(ValueError, match=message):
+        attention_kl(*tensors, **(options | change))
+
+
+@inside
+def test_bad_shapes_are_named():
+    tensors, options = problem()
+    for index, shape, message in ((1, (2, 3, 50, 16), "student q and k"), (2, (2, 3, 50, 24), "teacher q and k")):
+        bad = [torch.zeros(shape) if n == index else x for n, x in enumerate(tensors)]
+        with pytest.raises(ValueError, match=message):
+            attention_kl(*bad, **options)
+    with pytest.raises(ValueError, match="do not divide"):
+        attention_kl(*problem(heads=(4, 2, 6, 2))[0], **options)

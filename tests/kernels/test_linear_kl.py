@@ -1,0 +1,267 @@
+"""Linear KL and cross-entropy in the Triton interpreter against fp64 autograd on materialised logits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from lightning_itk.kernels.launch import INTERPRET
+from lightning_itk.kernels.linear_kl import _chunk_rows, linear_cross_entropy, linear_kl_divergence, linear_loss
+
+pytestmark = pytest.mark.interpret
+inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
+
+
+@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+def test_in_the_interpreter():
+    """TRITON_INTERPRET is read when Triton is imported, so the tests of this file get a process of their own."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+class Heads(NamedTuple):
+    student_hidden: Tensor  # [N, Hs]
+    student_weight: Tensor  # [V, Hs]
+    teacher_hidden: Tensor  # [N, Ht]
+    teacher_weight: Tensor  # [Vt, Ht]
+
+
+def heads(n=9, v=75, teacher_v=75, width=24, teacher_width=40, std=1.0, dtype=torch.float32, seed=0) -> Heads:  # type: ignore[no-untyped-def]
+    torch.manual_seed(seed)
+    shapes = ((n, width), (v, width), (n, teacher_width), (teacher_v, teacher_width))
+    factors = (1.0, std / width**0.5, 1.0, std / teacher_width**0.5)
+    return Heads(*((f * torch.randn(s)).to(dtype) for f, s in zip(factors, shapes, strict=True)))
+
+
+def reference(  # type: ignore[no-untyped-def]
+    h: Heads, labels, *, student_bias=None, teacher_bias=None, student_scale=1.0, teacher_scale=1.0,
+    student_softcap=None, teacher_softcap=None, kind="forward", beta=0.5, temperature=1.0, ce_weight=0.0, kl_weight=1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    v = min(len(h.student_weight), len(h.teacher_weight))
+
+    def logits(hidden, weight, bias, scale, cap):  # type: ignore[no-untyped-def]
+        z = scale * (hidden @ weight[:v].T + (0 if bias is None else bias[:v]))
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    z_s = logits(h.student_hidden, h.student_weight, student_bias, student_scale, student_softcap)
+    z_t = logits(h.teacher_hidden, h.teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    lq, lp = (z_s / temperature).log_softmax(-1), (z_t / temperature).log_softmax(-1)
+    q, p = lq.exp(), lp.exp()
+    if kind == "forward":
+        rows = (p * (lp - lq)).sum(-1)
+    elif kind == "reverse":
+        rows = (q * (lq - lp)).sum(-1)
+    else:
+        lm = (beta * p + (1 - beta) * q).log()
+        rows = beta * (p * (lp - lm)).sum(-1) + (1 - beta) * (q * (lq - lm)).sum(-1)
+    kl = temperature**2 * (rows if labels is None else rows[labels != -100]).sum()
+    ce = kl.new_zeros(())
+    if labels is not None:
+        ce = torch.nn.functional.cross_entropy(z_s, labels, reduction="sum")
+    return (ce_weight * ce if ce_weight else 0) + kl_weight * kl, ce, kl
+
+
+def check(h: Heads, labels=None, *, tolerance=2e-5, scratch=2 << 30, upstream=1.7, biases=False, **options):  # type: ignore[no-untyped-def]
+    """Training and evaluation values, and every gradient under an upstream gradient that is not 1."""
+    bias = (torch.randn(len(h.student_weight)), torch.randn(len(h.teacher_weight))) if biases else (None, None)
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in (h[0], h[1], bias[0])]
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in leaves]
+    precise = Heads(exact[0], exact[1], h.teacher_hidden.double(), h.teacher_weight.double())
+    teacher_bias = None if bias[1] is None else bias[1].double()
+    expected = reference(precise, labels, student_bias=exact[2], teacher_bias=teacher_bias, **options)
+    (expected[0] * upstream).backward()
+    keywords = options | {"student_bias": leaves[2], "teacher_bias": bias[1], "max_scratch_bytes": scratch}
+    found = linear_kl_divergence(leaves[0], leaves[1], *h[2:], labels, **keywords)
+    with torch.no_grad():
+        evaluated = linear_kl_divergence(leaves[0], leaves[1], *h[2:], labels, **keywords)
+    for a, b, c in zip(found, evaluated, expected, strict=True):
+        torch.testing.assert_close(a.double(), c.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b.double(), c.detach(), rtol=1e-4, atol=1e-5)
+    assert found[0].requires_grad
+    assert not found[1].requires_grad
+    assert not found[2].requires_grad
+    (found[0] * upstream).backward()
+    for name, a, b in zip(("hidden", "weight", "bias"), leaves, exact, strict=True):
+        if a is not None:
+            error = (a.grad.double() - b.grad).norm() / b.grad.norm().clamp_min(1e-12)
+            assert error < tolerance, f"relative error {error:.1e} of the {name} gradient"
+    return leaves
+
+
+LABELS = torch.tensor([3, -100, 0, 74, -100, -100, 8, 20, -100])
+
+
+@inside
+@pytest.mark.parametrize(
+    ("kind", "beta", "temperature"),
+    [("forward", 0.5, 1.0), ("forward", 0.5, 2.5), ("reverse", 0.5, 2.5), ("jsd", 0.3, 2.5)],
+)
+def test_kl_and_cross_entropy_together(kind, beta, temperature):
+    check(heads(), LABELS, kind=kind, beta=beta, temperature=temperature, ce_weight=0.7, kl_weight=1.3)
+
+
+@inside
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_bias_scale_and_softcap(kind):
+    options = {"student_scale": 0.8, "teacher_scale": 1.2, "student_softcap": 4.0, "teacher_softcap": 5.0}
+    check(heads(std=3.0), LABELS, kind=kind, biases=True, ce_weight=0.5, **options)
+
+
+@inside
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_student_close_to_a_sharp_teacher(kind):
+    torch.manual_seed(8)
+    h = heads(teacher_width=24, std=12.0)
+    hidden, weight = (x + 0.004 * torch.randn_like(x) for x in h[2:])
+    check(Heads(hidden, weight, *h[2:]), kind=kind, tolerance=1e-3)
+
+
+@inside
+@pytest.mark.parametrize(("v", "teacher_v"), [(80, 66), (66, 80)])
+def test_vocabularies_of_different_size(v, teacher_v):
+    leaves = check(heads(n=4, v=v, teacher_v=teacher_v), torch.tensor([0, 65, -100, 7]), biases=True, ce_weight=0.5)
+    assert not leaves[1].grad[66:].any()
+    assert not leaves[2].grad[66:].any()
+
+
+@inside
+def test_chunks_accumulate_the_weight_gradient():
+    """130 rows in chunks of 128 under a budget too small to keep all dlogits, and 130 > 4 H / 4 bytes."""
+    labels = torch.randint(0, 40, (130,))
+    labels[::2] = -100
+    check(heads(n=130, v=40, teacher_v=40, width=8, teacher_width=8), labels, scratch=1000, ce_weight=0.5, biases=True)
+
+
+def test_chunks_fit_their_budget():
+    for n, per_row, budget in (
+        (8192, 1_282_560, 2 << 30),
+        (1000, 10, 1 << 20),
+        (1, 8, 1),
+        (5000, 4_000_000, 600 << 20),
+    ):
+        rows = _chunk_rows(n, per_row, budget)
+        assert rows == n or rows % 128 == 0
+        assert rows <= 128 or rows * per_row <= budget
+    assert _chunk_rows(8192, 1_282_560, 2 << 30) == 1664
+
+
+@inside
+def test_all_rows_ignored():
+    h = heads(n=3)
+    hidden, weight = h[0].requires_grad_(), h[1].requires_grad_()
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            sums = linear_kl_divergence(hidden, weight, *h[2:], torch.full((3,), -100), ce_weight=1.0)
+        assert [x.item() for x in sums] == [0, 0, 0]
+        if training:
+            sums[0].backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@inside
+@pytest.mark.parametrize("trained", [0, 1])
+def test_only_what_trains_gets_a_gradient(trained):
+    h = heads(n=4)
+    leaves = [x.clone().requires_grad_(i == trained) for i, x in enumerate(h[:2])]
+    both = [x.clone().requires_grad_() for x in h[:2]]
+    (linear_kl_divergence(*leaves, *h[2:])[0] * 3).backward()
+    (linear_kl_divergence(*both, *h[2:])[0] * 3).backward()
+    assert leaves[1 - trained].grad is None
+    torch.testing.assert_close(leaves[trained].grad, both[trained].grad)
+
+
+@inside
+def test_linear_cross_entropy():
+    h = heads()
+    leaves = [x.clone().requires_grad_() for x in (*h[:2], torch.randn(75))]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    loss = linear_cross_entropy(*leaves[:2], LABELS, bias=leaves[2], scale=0.5, softcap=6.0)
+    z = 0.5 * (exact[0] @ exact[1].T + exact[2])
+    expected = torch.nn.functional.cross_entropy(6 * torch.tanh(z / 6), LABELS, reduction="sum")
+    (loss * 0.3).backward()
+    (expected * 0.3).backward()
+    torch.testing.assert_close(loss.double(), expected.detach())
+    for a, b in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(*leaves[:2], LABELS, bias=leaves[2], scale=0.5, softcap=6.0)
+        torch.testing.assert_close(evaluated.double(), expected.detach())
+        assert linear_cross_entropy(h[0][:1], h[1], torch.tensor([75])).item() == float("inf")
+    assert linear_cross_entropy(h[0][:1].requires_grad_(), h[1], torch.tensor([75])).item() == float("inf")
+
+
+@inside
+def test_fp16_keeps_small_gradients():
+    """Near convergence most dlogits are below fp16's smallest number unless they are stored in larger units."""
+    h = heads(teacher_width=24, std=6.0, dtype=torch.float16)
+    hidden = (h[2].float() + 0.01 * torch.randn(9, 24)).half()
+    check(Heads(hidden, h[3], *h[2:]), kl_weight=1e-3, tolerance=3e-3)
+
+
+@inside
+def test_autocast_multiplies_in_its_dtype():
+    h = heads(n=4)
+    half = Heads(*(x.half().float() for x in h))
+    hidden, weight = (x.clone().requires_grad_() for x in half[:2])
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_kl_divergence(hidden, weight, *half[2:])[0]
+    loss.backward()
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), reference(Heads(*(x.double() for x in half)), None)[0], rtol=1e-4, atol=0)
+
+
+@inside
+def test_second_backward_is_an_error():
+    h = heads(n=2)
+    loss = linear_kl_divergence(h[0].requires_grad_(), *h[1:])[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@inside
+def test_registered_operator_and_compile():
+    h = heads(n=3)
+    hidden, weight = (x.clone().requires_grad_() for x in h[:2])
+    scalars = (1.0, 1.0, None, None, 0.5, 2.0, 0.5, 1.0, True, True, False, 1 << 20)
+    arguments = (hidden, weight, None, *h[2:], None, torch.tensor([1, -100, 2]), "forward", *scalars)
+    torch.library.opcheck(linear_loss, arguments, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(
+        lambda a, b: 2 * linear_kl_divergence(a, b, *h[2:], temperature=2.0)[0], backend="aot_eager", fullgraph=True
+    )
+    found = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    eager = torch.autograd.grad(2 * linear_kl_divergence(hidden, weight, *h[2:], temperature=2.0)[0], (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
+
+
+@inside
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "none"}, "kind must be"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"ce_weight": 1.0}, "ce_weight needs labels"),
+        ({"teacher_hidden": torch.zeros(3, 4)}, "same rows"),
+        ({"student_weight": torch.zeros(8, 5)}, "student hidden and weight must be"),
+        ({"teacher_weight": torch.zeros(8, 4).half()}, "expected one dtype"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels must be int64"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    good = {"student_hidden": torch.zeros(2, 4), "student_weight": torch.zeros(8, 4)}
+    good |= {"teacher_hidden": torch.zeros(2, 4), "teacher_weight": torch.zeros(8, 4)}
+    with pytest.raises(ValueError, match=message):
+        linear_kl_divergence(**(good | change))

@@ -1,0 +1,106 @@
+"""The gradient of an optimizer step depends only on which samples are in it. SFT, KD + attention, DAE; all in fp32."""
+
+import functools
+
+import lightning as L
+import pytest
+import torch
+from exact import METHODS, SAMPLES, TAGS, batches, module
+from tiny import tiny_model
+
+from lightning_itk import batch as b
+
+
+def fit(model, data, accumulate=1, **kwargs) -> torch.Tensor:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None))
+    assert trainer.global_step == 8
+    return torch.cat([parameter.detach().flatten() for parameter in model.student.parameters()])
+
+
+@functools.cache
+def reference(method: str) -> torch.Tensor:
+    return fit(module(method), batches(8))
+
+
+def agrees(weights: torch.Tensor, method: str) -> bool:
+    start = torch.cat([p.detach().flatten() for p in tiny_model("llama", 0).parameters()])
+    moved = (reference(method) - start).norm()
+    assert moved > 1e-2
+    return bool((weights - reference(method)).norm() / moved < 1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches(method):
+    assert agrees(fit(module(method), batches(2), accumulate=4), method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", ["packed", "wide"])
+def test_layout(method, layout):
+    assert agrees(fit(module(method), batches(8, layout)), method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_activation_checkpointing(method):
+    model = module(method, gradient_checkpointing=True)
+    assert model.student.is_gradient_checkpointing
+    assert agrees(fit(model, batches(8)), method)
+
+
+def test_a_mean_of_means_would_be_caught(monkeypatch):
+    """The tests above can fail: normalising each micro-batch by its own count moves the weights measurably."""
+    from lightning_itk.methods import module as m
+
+    model = module("sft")
+    monkeypatch.setattr(m, "count_targets", lambda batch: torch.tensor(100))
+    assert not agrees(fit(model, batches(2), accumulate=4), "sft")
+
+
+def test_micro_batches_without_a_target_change_nothing():
+    empty = b.pad(SAMPLES[:2], pad_id=0, teachers=TAGS)
+    empty["labels"] = torch.full_like(empty["labels"], b.IGNORE_INDEX)
+    for method in METHODS:
+        data = [batch for full in batches(8) for batch in (full, empty)]
+        assert agrees(fit(module(method), data, accumulate=2), method)
+
+
+def test_each_teacher_runs_on_its_own_tokens_only():
+    model = module("dae")
+    seen: dict[str, int] = dict.fromkeys(model.teachers, 0)
+    for name, teacher in model.teachers.items():
+        teacher.model.register_forward_pre_hook(
+            lambda _, __, kwargs, name=name: seen.__setitem__(name, seen[name] + kwargs["input_ids"].numel()),
+            with_kwargs=True,
+        )
+    for layout in ("packed", "padded"):
+        for name in seen:
+            seen[name] = 0
+        batch = batches(8, layout)[0]
+        own = {name: (batch["teacher_ids"] == i).sum().item() for i, name in enumerate(seen)}
+        model.losses(batch)
+        padding = {"packed": 1.5, "padded": 2.0}[layout]
+        assert all(own[name] <= seen[name] <= padding * own[name] for name in seen), (layout, own, seen)
+
+
+def test_a_batch_without_rows_for_one_teacher_never_calls_it():
+    model = module("dae")
+    calls = []
+    model.teachers["expert"].model.register_forward_pre_hook(lambda *_: calls.append(1))
+    own = [sample for sample in SAMPLES if sample.teacher_id == 0][:4]
+    terms = model.losses(b.pad(own, pad_id=0, teachers=TAGS))
+    assert not calls
+    assert terms["distillation/expert"].total == 0
+    assert terms["distillation/reference"].total > 0
+    sum(term.weight * term.total for term in terms.values()).backward()
+    assert model.student.lm_head.weight.grad.abs().sum() > 0
