@@ -101,6 +101,20 @@ def next_token_labels(batch: Batch) -> Int[Tensor, "B S"]:
     return shifted
 
 
+class ResponseRows(NamedTuple):
+    """Where a batch predicts tokens that are learned."""
+
+    places: Int[Tensor, " N"]  # among the flattened [B * S] positions
+    targets: Int[Tensor, " N"]  # the token that each of them predicts; never IGNORE_INDEX
+
+
+def response_rows(batch: Batch) -> ResponseRows:
+    """What every loss looks at. Finding it waits for the GPU, so ask once per batch."""
+    labels = next_token_labels(batch).flatten()
+    places = (labels != IGNORE_INDEX).nonzero().flatten()
+    return ResponseRows(places, labels[places])
+
+
 def count_targets(batch: Batch) -> Int[Tensor, ""]:
     """How many predictions the losses of this batch sum over. A tensor, so that counting never waits for the GPU."""
     return (next_token_labels(batch) != IGNORE_INDEX).sum()

@@ -16,6 +16,7 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.export import export
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType
+from lightning_itk.trainer import datamodule, replica
 
 
 class HFExport(Callback):
@@ -59,8 +60,7 @@ class HFExport(Callback):
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         assert isinstance(pl_module, InstructionModule)
-        data = getattr(trainer, "datamodule", None)
-        tokenizer = getattr(data, "tokenizer", None) or pl_module.tokenizer
+        tokenizer = datamodule(trainer).tokenizer or pl_module.tokenizer
         folder = self.folder(trainer) / name
         export(pl_module.student, tokenizer, folder, dtype=self.dtype, write=trainer.is_global_zero)
         trainer.strategy.barrier()
@@ -127,11 +127,10 @@ def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:
         facts["student" if number == 0 else f"teacher {number}"] = text + f"{base.dtype}, attention {attention}"
     probe = torch.empty(0, device=module.device)
     facts["losses"] = f"{resolve_impl(module.impl, probe)} (impl={module.impl}) on {module.device}"
-    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-    data = getattr(trainer, "datamodule", None)
-    rows = getattr(data, "batch_size", None)
+    replicas, data = replica(trainer).total, datamodule(trainer)
+    rows = data.batch_size
     shape = f"{rows or '?'} rows x {trainer.accumulate_grad_batches} micro-batches x {replicas} ranks"
-    if data is not None and hasattr(data, "response_tokens") and rows and not getattr(data, "packing", False):
+    if data.response_tokens is not None and rows and not data.packing:
         tokens = float(data.response_tokens.mean()) * rows * trainer.accumulate_grad_batches * replicas
         shape += f", about {_count(int(tokens))} response tokens"
     facts["optimizer step"] = shape

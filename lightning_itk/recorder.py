@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 from torch import Tensor
 
-from lightning_itk.batch import next_token_labels
+from lightning_itk.batch import response_rows
 from lightning_itk.losses.chunked import linear_token_scores
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.hidden import base_causal_lm, hidden_states
 from lightning_itk.selection.scores import append_epoch, read_meta, write_scores
+from lightning_itk.trainer import datamodule
 
 
 class ResponseLossRecorder(Callback):
@@ -38,8 +39,7 @@ class ResponseLossRecorder(Callback):
         return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "scores.parquet")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "scoring_dataloader"):
+        if datamodule(trainer).scoring_dataloader is None:
             raise ValueError("ResponseLossRecorder needs an InstructionDataModule: its scoring_dataloader() is scored")
         if trainer.global_step == 0:
             self._record(trainer, pl_module, epoch=0)
@@ -56,7 +56,7 @@ class ResponseLossRecorder(Callback):
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         assert isinstance(pl_module, InstructionModule)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = datamodule(trainer)
         records = np.asarray(data.train_sample_ids)
         losses, tokens = response_losses(trainer, pl_module, data.scoring_dataloader(), int(records.max()) + 1)
         self._write(self.file(trainer), epoch, records, losses[records], tokens[records], pl_module, data)
@@ -64,7 +64,14 @@ class ResponseLossRecorder(Callback):
 
     @rank_zero_only
     def _write(
-        self, path: Path, epoch: int, records: Any, losses: Any, tokens: Any, module: InstructionModule, data: Any
+        self,
+        path: Path,
+        epoch: int,
+        records: Any,
+        losses: Any,
+        tokens: Any,
+        module: InstructionModule,
+        data: Any,
     ) -> None:
         order = np.argsort(records)
         if epoch > 0:
@@ -99,7 +106,7 @@ def response_losses(
     module.eval()
     with trainer.precision_plugin.forward_context():
         for batch in track(loader, "scoring", disable=quiet, transient=True):
-            batch = module._laid_out(trainer.strategy.batch_to_device(batch))
+            batch = module.lay_out(trainer.strategy.batch_to_device(batch))
             samples, nll = sample_tokens(module, batch)
             sums[0].index_add_(0, samples, nll.double())
             sums[1].index_add_(0, samples, torch.ones_like(nll, dtype=torch.float64))
@@ -113,8 +120,7 @@ def response_losses(
 
 def sample_tokens(module: InstructionModule, batch: Any) -> tuple[Tensor, Tensor]:
     """The sample and the negative log-likelihood of every response token of a batch."""
-    targets = next_token_labels(batch).flatten()
-    rows = (targets >= 0).nonzero().flatten()
+    rows = response_rows(batch)
     states, head = hidden_states(module.student, batch)
-    scores = linear_token_scores(states.flatten(0, 1)[rows], head, targets[rows])
-    return batch["sample_ids"].flatten()[rows], scores.nll
+    scores = linear_token_scores(states.flatten(0, 1)[rows.places], head, rows.targets)
+    return batch["sample_ids"].flatten()[rows.places], scores.nll

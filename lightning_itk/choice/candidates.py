@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from lightning_itk.batch import Sample, next_token_labels, pad
+from lightning_itk.batch import Sample, pad, response_rows
 from lightning_itk.choice.statistics import SampleStatistics, TokenStatistics, sample_statistics, token_statistics
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.records import RESPONSES, DataError, Message, Record, check, parse_line
@@ -164,12 +164,11 @@ def response_statistics(
             rows = order[start : start + batch_size]
             batch = pad([samples[row]._replace(sample_id=place) for place, row in enumerate(rows)], pad_id=0)
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}  # type: ignore
-            targets = next_token_labels(batch).flatten()
-            kept = (targets >= 0).nonzero().flatten()
+            places, targets = response_rows(batch)
             states, head = hidden_states(student, batch)
-            states = states.flatten(0, 1)[kept]
-            found = token_statistics(states, targets[kept], partial(project, head=head.prepared(states)))
-            means = sample_statistics(TokenStatistics(*found), batch["sample_ids"].flatten()[kept], len(rows))
+            states = states.flatten(0, 1)[places]
+            found = token_statistics(states, targets, partial(project, head=head.prepared(states)))
+            means = sample_statistics(TokenStatistics(*found), batch["sample_ids"].flatten()[places], len(rows))
             index = torch.from_numpy(rows.copy())
             loss[index], rank[index], tokens[index] = means.loss.cpu(), means.rank.cpu(), means.tokens.cpu()
             progress(min(start + batch_size, count))

@@ -19,6 +19,7 @@ from lightning_itk.data.samples import TokenizedSource
 from lightning_itk.data.sources import Sources, as_sources
 from lightning_itk.data.split import held_out
 from lightning_itk.data.subset import Subset, choose
+from lightning_itk.trainer import replica
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -268,11 +269,11 @@ class InstructionDataModule(L.LightningDataModule):
         )
 
     def _loader(self, samples: SampleSet, *, pack_to: int | None = None, **plan: Any) -> ResumableLoader:
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+        own = replica(self.trainer)
         sampler = BatchSampler(
             samples.lengths,
-            rank=ranks["rank"],
-            world=ranks["num_replicas"],
+            rank=own.number,
+            world=own.total,
             pack_to=pack_to,
             seed=self.seed,
             **plan,

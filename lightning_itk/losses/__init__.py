@@ -1,7 +1,7 @@
 """Token losses as pure functions: tensors in, one sum out."""
 
 from lightning_itk.losses.chunked import Head
-from lightning_itk.losses.divergence import Kind
+from lightning_itk.losses.divergence import Divergence, Kind
 from lightning_itk.losses.implementation import Impl
 from lightning_itk.losses.token import (
     LossParts,
@@ -14,6 +14,7 @@ from lightning_itk.losses.token import (
 )
 
 __all__ = [
+    "Divergence",
     "Head",
     "Impl",
     "Kind",

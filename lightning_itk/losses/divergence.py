@@ -1,5 +1,6 @@
 """Divergences between two distributions over the vocabulary: the formulas, and their gradients in closed form."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,6 +9,33 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Kind = Literal["forward", "reverse", "jsd"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How a student's next-token distribution is compared with its teacher's, and with the labels beside it.
+
+    Args:
+        kind: forward = KL(teacher || student), reverse = KL(student || teacher), or jsd (see `divergence_rows`).
+        beta: the teacher's share in the mixture of jsd, in [0, 1].
+        temperature: divides both logits; the divergence is multiplied by its square.
+        ce_weight: weight of the cross-entropy with the labels, at temperature 1.
+        kl_weight: weight of the divergence.
+    """
+
+    kind: Kind = "forward"
+    beta: float = 0.5
+    temperature: float = 1.0
+    ce_weight: float = 0.0
+    kl_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("forward", "reverse", "jsd"):
+            raise ValueError(f"kind must be 'forward', 'reverse' or 'jsd', got {self.kind!r}")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"beta must be in [0, 1], got {self.beta}")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
 
 
 def divergence_rows(
@@ -100,38 +128,25 @@ def distillation_loss(
     labels: Int[Tensor, " N"],
     with_gradient: bool,
     *,
+    how: Divergence,
     has_labels: bool,
-    ce_weight: float = 0.0,
-    kl_weight: float = 1.0,
-    kind: Kind,
-    beta: float,
-    temperature: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "2"], Float[Tensor, "N V"] | None]:
     """ce_weight * CE + kl_weight * T² * divergence, summed over rows; (CE, T² * divergence); gradient by the student.
 
     CE is at temperature 1, and 0 where `has_labels` is False. The logits are left as they are.
     """
     assert teacher is not None
-    log_q = log_probabilities(student, temperature)
+    log_q, log_p = (log_probabilities(logits, how.temperature) for logits in (student, teacher))
     ce, d_ce = log_q.new_zeros(()), None
     if has_labels:
-        plain = log_q if temperature == 1.0 else torch.log_softmax(student, -1)
-        wanted = with_gradient and ce_weight != 0
+        plain = log_q if how.temperature == 1.0 else torch.log_softmax(student, -1)
+        wanted = with_gradient and how.ce_weight != 0
         ce, d_ce = label_loss_and_gradient(plain.clone() if wanted else plain, labels, wanted)
-    rows, gradient = divergence_and_gradient(log_q, log_probabilities(teacher, temperature), kind, beta, with_gradient)
-    kl = temperature**2 * rows.sum()
+    rows, gradient = divergence_and_gradient(log_q, log_p, how.kind, how.beta, with_gradient)
+    kl = how.temperature**2 * rows.sum()
     if gradient is not None:
-        factor = kl_weight * temperature  # T² of the loss, 1/T of the chain rule
+        factor = how.kl_weight * how.temperature  # T² of the loss, 1/T of the chain rule
         gradient = gradient.mul_(factor) if factor != 1.0 else gradient
         if d_ce is not None:
-            gradient.add_(d_ce, alpha=ce_weight)
-    return ce_weight * ce + kl_weight * kl, torch.stack([ce, kl]), gradient
-
-
-def check_divergence(kind: str, beta: float, temperature: float) -> None:
-    if kind not in ("forward", "reverse", "jsd"):
-        raise ValueError(f"kind must be 'forward', 'reverse' or 'jsd', got {kind!r}")
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+            gradient.add_(d_ce, alpha=how.ce_weight)
+    return how.ce_weight * ce + how.kl_weight * kl, torch.stack([ce, kl]), gradient

@@ -10,7 +10,7 @@ gradients on the way, so nothing of size N x V outlives a chunk.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
 from lightning_itk.losses.chunked import Head, by_autograd, chunked_rows
-from lightning_itk.losses.divergence import Kind, check_divergence, distillation_loss, label_loss_and_gradient
+from lightning_itk.losses.divergence import Divergence, Kind, distillation_loss, label_loss_and_gradient
 from lightning_itk.losses.implementation import Impl, resolve_impl
 
 
@@ -71,7 +71,7 @@ def kl_divergence(
     Raises:
         ValueError: shapes that do not belong together, an unknown kind, temperature <= 0, beta outside [0, 1].
     """
-    check_divergence(kind, beta, temperature)
+    how = Divergence(kind, beta, temperature)
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
             f"student and teacher have different rows: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
@@ -90,7 +90,7 @@ def kl_divergence(
         labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
     else:
         labels, student, teacher = _kept(labels, student, teacher)
-    row_loss = partial(distillation_loss, has_labels=False, kind=kind, beta=beta, temperature=temperature)
+    row_loss = partial(distillation_loss, how=how, has_labels=False)
     return chunked_rows(row_loss, student, None, teacher, None, labels, parts=2)[0]
 
 
@@ -100,6 +100,7 @@ def linear_cross_entropy(
     labels: Int[Tensor, " N"],
     *,
     impl: Impl = "auto",
+    has_ignored: bool = True,
 ) -> Float[Tensor, ""]:
     """Sum of the cross-entropy of `hidden @ head.T` over the rows whose label is not -100, without the logits.
 
@@ -107,11 +108,13 @@ def linear_cross_entropy(
         hidden: the head's input.
         head: its weight, or a `Head` with bias, scale and soft-cap.
         labels: already aligned with the rows (shifted).
+        has_ignored: False = no label is -100, as in `batch.response_rows`; saves looking, which waits for a GPU.
     """
     head = Head.of(head)
     _check_linear(hidden, head, "hidden")
     _check_labels(labels, hidden.shape[:-1])
-    labels, hidden = _kept(labels, hidden)
+    if has_ignored:
+        labels, hidden = _kept(labels, hidden)
     if resolve_impl(impl, hidden) == "triton":
         from lightning_itk.kernels.linear_kl import linear_cross_entropy as fused
 
@@ -155,19 +158,8 @@ def linear_kl_divergence(
     Raises:
         ValueError: shapes that do not belong together, a cross-entropy without labels, or a bad option.
     """
-    return linear_kl_parts(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        labels,
-        kind=kind,
-        beta=beta,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        impl=impl,
-    ).loss
+    how = Divergence(kind, beta, temperature, ce_weight, kl_weight)
+    return linear_kl_parts(student_hidden, student_head, teacher_hidden, teacher_head, labels, how, impl=impl).loss
 
 
 def linear_kl_parts(
@@ -176,16 +168,19 @@ def linear_kl_parts(
     teacher_hidden: Float[Tensor, "N Ht"],
     teacher_head: Float[Tensor, "Vt Ht"] | Head,
     labels: Int[Tensor, " N"] | None = None,
+    how: Divergence | None = None,
     *,
-    kind: Kind = "forward",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    kl_weight: float = 1.0,
     impl: Impl = "auto",
+    has_ignored: bool = True,
+    **fields: Any,
 ) -> LossParts:
-    """`linear_kl_divergence` with its two ingredients beside it, from the same pass. CE is 0 where labels are None."""
-    check_divergence(kind, beta, temperature)
+    """`linear_kl_divergence` with its two ingredients beside it, from the same pass. CE is 0 where labels are None.
+
+    Args:
+        how: the divergence; its fields may be given by name instead.
+        has_ignored: False = no label is -100, as in `batch.response_rows`; saves looking, which waits for a GPU.
+    """
+    how = Divergence(**fields) if how is None else how
     student, teacher = Head.of(student_head), Head.of(teacher_head)
     _check_linear(student_hidden, student, "student_hidden")
     _check_linear(teacher_hidden, teacher, "teacher_hidden")
@@ -197,8 +192,9 @@ def linear_kl_parts(
     has_labels = labels is not None
     if labels is not None:
         _check_labels(labels, student_hidden.shape[:-1])
-        labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden)
-    elif ce_weight:
+        if has_ignored:
+            labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden)
+    elif how.ce_weight:
         raise ValueError("ce_weight is not 0 but there are no labels to take a cross-entropy with")
     teacher_hidden, teacher = teacher_hidden.detach(), teacher.detach()
     if resolve_impl(impl, student_hidden) == "triton":
@@ -217,24 +213,12 @@ def linear_kl_parts(
                 teacher_scale=teacher.scale,
                 student_softcap=student.softcap,
                 teacher_softcap=teacher.softcap,
-                kind=kind,
-                beta=beta,
-                temperature=temperature,
-                ce_weight=ce_weight,
-                kl_weight=kl_weight,
+                **vars(how),
             )
         )
     if labels is None:
         labels = torch.zeros(student_hidden.shape[0], dtype=torch.long, device=student_hidden.device)
-    row_loss = partial(
-        distillation_loss,
-        has_labels=has_labels,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        kind=kind,
-        beta=beta,
-        temperature=temperature,
-    )
+    row_loss = partial(distillation_loss, how=how, has_labels=has_labels)
     loss, parts = chunked_rows(
         row_loss, student_hidden, student.cut(vocab), teacher_hidden, teacher.cut(vocab), labels, parts=2
     )

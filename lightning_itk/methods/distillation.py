@@ -1,248 +1,190 @@
-"""What KD and DAE share: one teacher's lesson about a batch, and the attention loss on it."""
+"""The one loss path of KD and DAE: a student, named teachers, and what each makes of its own samples."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from lightning_itk.attention.capture import AttentionTap, LayerAttention, install, layer_map
-from lightning_itk.attention.kl import attention_kl
-from lightning_itk.batch import Batch, cu_seqlens, is_packed, next_token_labels, real_tokens, select
+from lightning_itk.batch import Batch, ResponseRows, response_rows
 from lightning_itk.losses.chunked import Head, linear_token_scores
-from lightning_itk.losses.implementation import Impl
+from lightning_itk.losses.divergence import Divergence, Kind
+from lightning_itk.losses.token import LossParts, linear_kl_parts
+from lightning_itk.methods.attention_maps import AttentionDistiller, AttentionLoss
 from lightning_itk.methods.module import InstructionModule
-from lightning_itk.methods.teacher import Answer, Teacher
+from lightning_itk.methods.step import ForwardPass, Term
+from lightning_itk.methods.teacher import SoftTargets, Teacher
+from lightning_itk.models.hidden import HiddenStates
 from lightning_itk.models.loading import DType
 
 
-@dataclass
-class AttentionLoss:
-    """The attention term: mean over layers and student heads of KL(teacher's map || student's map) at response rows.
+class DistillationPass(ForwardPass):
+    """A forward pass of the student beside its teachers."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        rows: ResponseRows,
+        student: HiddenStates,
+        targets: dict[str, SoftTargets],  # by teacher; one without samples is not in it
+        attention: dict[str, Tensor],  # by teacher, the attention loss; empty where that is off
+    ) -> None:
+        super().__init__(batch, rows, student)
+        self.targets, self.attention = targets, attention
+
+
+class DistillationModule(InstructionModule):
+    """A student that learns from named teachers; the base of KDModule and DAEModule, which say whose samples are whose.
 
     Args:
-        weight: Its weight in the loss (the paper's value is 1).
-        layers: "all", "every:n", student layers, or a map from student layers to teacher layers. Without a map,
-            student layer l answers to teacher layer round((l + 1) * teacher layers / student layers) - 1.
-        head_map: Teacher head, or heads, of each student head. null pairs consecutive groups.
-        kind: forward = KL(teacher || student), reverse = KL(student || teacher).
-        temperature: Divides the scores of both models.
+        temperature: Divides the logits of both models in the divergence.
+        ce_weight: Weight of the cross-entropy with the responses.
+        kl_weight: Weight of T^2 times the divergence.
+        kind: forward = KL(teacher || student), reverse = KL(student || teacher), or jsd.
+        beta: The teacher's share in the mixture of jsd.
+        attention: The attention term; null = off.
+        teacher_dtype: Precision of the teachers' weights; auto keeps the checkpoints'.
+        teacher_kwargs: More arguments for the teachers' from_pretrained: quantization_config, device_map, ...
     """
 
-    weight: float = 1.0
-    layers: str | list[int] | dict[int, int] = "all"
-    head_map: list[int] | list[list[int]] | None = None
-    kind: str = "forward"
-    temperature: float = 1.0
+    def __init__(
+        self,
+        student: str | PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        ce_weight: float = 0.0,
+        kl_weight: float = 1.0,
+        kind: Kind = "forward",
+        beta: float = 0.5,
+        attention: AttentionLoss | None = None,
+        teacher_dtype: DType = "auto",
+        teacher_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        Divergence(kind, beta, temperature)  # refuses what makes no sense before a model is loaded
+        attention = AttentionLoss(**attention) if isinstance(attention, dict) else attention
+        _check_weights(
+            ce_weight=ce_weight, kl_weight=kl_weight, attention_weight=attention.weight if attention else 0.0
+        )
+        super().__init__(student, **kwargs)
+        self.temperature, self.ce_weight, self.kl_weight = temperature, ce_weight, kl_weight
+        self.kind: Kind = kind
+        self.beta, self.attention = beta, attention
+        self._teacher_options: dict[str, Any] = {"dtype": teacher_dtype, "model_kwargs": teacher_kwargs}
 
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"attention.weight must not be negative, got {self.weight}")
-        if self.kind not in ("forward", "reverse"):
-            raise ValueError(f"attention.kind must be 'forward' or 'reverse', got {self.kind!r}")
-        if self.temperature <= 0:
-            raise ValueError(f"attention.temperature must be positive, got {self.temperature}")
+    def learn_from(self, teachers: Mapping[str, str | PreTrainedModel | Teacher]) -> None:
+        """Load the teachers; called once. The one named "" gives terms without a name.
+
+        No argument of `__init__`, because Lightning would store it as one beside a subclass's own.
+        """
+        self._names = list(teachers)  # they may hold characters that a ModuleDict refuses
+        self._teachers = torch.nn.ModuleList(self._loaded(teacher) for teacher in teachers.values())
+        self.teacher_weights = dict.fromkeys(teachers, 1.0)
+        self._distiller: AttentionDistiller | None = None
+        if self.attention and self.attention.weight:
+            self._distiller = AttentionDistiller(self.attention, self.student, self.teachers, self.impl)
+
+    def _loaded(self, teacher: str | PreTrainedModel | Teacher) -> Teacher:
+        """A teacher; where both are given by name, it must have the student's tokenizer."""
+        if isinstance(teacher, Teacher):
+            return teacher
+        loaded = Teacher(teacher, trust_remote_code=self.hparams["trust_remote_code"], **self._teacher_options)
+        if isinstance(teacher, str) and self.student_name:
+            loaded.check_tokenizer(self.tokenizer)
+        return loaded
+
+    @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        return dict(zip(self._names, self._teachers, strict=True))  # type: ignore[arg-type]
+
+    def models(self) -> Iterable[torch.nn.Module]:
+        yield self.student
+        for teacher in self.teachers.values():
+            yield teacher.model
+
+    def soft_targets(self, batch: Batch, rows: ResponseRows) -> dict[str, SoftTargets]:
+        """By teacher, what the student is to match on the samples that are its own; one without any is left out."""
+        raise NotImplementedError(f"{type(self).__name__} must say which samples are whose")
+
+    def divergence(
+        self,
+        student_states: Float[Tensor, "N H"],
+        student_head: Head,
+        teacher_states: Float[Tensor, "N Ht"],
+        teacher_head: Head,
+        targets: Int[Tensor, " N"],
+    ) -> LossParts:
+        """The token loss at one teacher's response rows (no target is -100), summed; override it for another one."""
+        how = Divergence(self.kind, self.beta, self.temperature, self.ce_weight, self.kl_weight)
+        return linear_kl_parts(
+            student_states, student_head, teacher_states, teacher_head, targets, how, impl=self.impl, has_ignored=False
+        )
+
+    def run_models(self, batch: Batch) -> DistillationPass:
+        rows = response_rows(batch)
+        targets = self.soft_targets(batch, rows)
+        if self._distiller is None:
+            return DistillationPass(batch, rows, self.run_student(batch), targets, {})
+        with self._distiller.attach(targets) as attention:
+            student = self.run_student(batch)
+        return DistillationPass(batch, rows, student, targets, attention)
+
+    def losses(self, batch: Batch) -> dict[str, Term]:
+        """By teacher: `distillation` (CE and KL, weighted) and `attention`; for the log `kl` and `ce`."""
+        run = self.forward_pass(batch)
+        assert isinstance(run, DistillationPass)
+        states, head = run.student
+        # 0, with a graph through all that other ranks may have gradients of
+        nothing = states.flatten()[:0].float().sum() + head.weight.flatten()[:0].float().sum()
+        terms: dict[str, Term] = {}
+        for name, weight in self.teacher_weights.items():
+            parts, count, suffix = LossParts(nothing, nothing, nothing), 0, _suffix(name)
+            if own := run.targets.get(name):
+                rows = states.flatten(0, 1)[own.student_rows]
+                parts = self.divergence(rows, head, own.states, own.teacher.head, own.rows.targets)
+                count = own.rows.targets.numel()
+            elements = torch.tensor(count, device=states.device)
+            terms[f"distillation{suffix}"] = Term(parts.loss, weight, elements)
+            terms[f"kl{suffix}"], terms[f"ce{suffix}"] = Term(parts.kl, 0.0, elements), Term(parts.ce, 0.0, elements)
+            if self.attention is not None and self._distiller is not None:
+                total = run.attention.get(name, nothing)
+                terms[f"attention{suffix}"] = Term(total, weight * self.attention.weight, elements)
+        return terms
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
+            del checkpoint["state_dict"][name]  # version 0.1 let the head of a tied teacher in
+
+    def evaluate(self, batch: Batch) -> dict[str, Term]:
+        """The student's own figures; by teacher its loss (the ceiling) and how often both would say the same token."""
+        run = self.forward_pass(batch)
+        assert isinstance(run, DistillationPass)
+        figures = super().evaluate(batch)
+        states, head = run.student
+        for name in self._names:
+            loss = agreement = count = torch.zeros((), device=states.device)
+            if own := run.targets.get(name):
+                targets = own.rows.targets
+                student = linear_token_scores(states.flatten(0, 1)[own.student_rows], head, targets)
+                teacher = linear_token_scores(own.states, own.teacher.head, targets)
+                loss, agreement = teacher.nll.sum(), (student.top1 == teacher.top1).sum()
+                count = torch.tensor(targets.numel(), device=states.device)
+            figures[f"teacher_response_loss{_suffix(name)}"] = Term(loss, elements=count)
+            figures[f"teacher_agreement{_suffix(name)}"] = Term(agreement, elements=count)
+        return figures
 
 
-class Lesson(NamedTuple):
-    """A teacher's answer to the samples that are its own."""
-
-    batch: Batch  # those samples only, in the layout of the student's batch
-    places: Int[Tensor, "b s"] | None  # where each token stands in the student's flattened batch; None = the same place
-    answer: Answer
-
-    def responses(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n H"], Int[Tensor, " n"]]:
-        """Rows of the student's flattened hidden states, the teacher's hidden states there, and the targets."""
-        targets = next_token_labels(self.batch).flatten()
-        rows = (targets >= 0).nonzero().flatten()
-        student_rows = rows if self.places is None else self.places.flatten()[rows]
-        return student_rows, self.answer.states.flatten(0, 1)[rows], targets[rows]
+def _suffix(name: str) -> str:
+    return f"/{name}" if name else ""
 
 
-def teach(teacher: Teacher, batch: Batch, keep: Bool[Tensor, "B S"] | None = None) -> Lesson | None:
-    """Run a teacher on its samples of a batch, and on nothing else.
-
-    Args:
-        keep: True on the tokens of its samples; None = all of them.
-
-    Returns:
-        The lesson, or None when no sample is the teacher's.
-    """
-    if keep is None:
-        return Lesson(batch, None, teacher(batch))
-    part = select(batch, keep)
-    if part is None:
-        if isinstance(teacher.model, FSDPModule):  # the other ranks wait for this one to gather the weights
-            teacher(_first_token(batch))
-        return None
-    own, index = part
-    return Lesson(own, index, teacher(own))
-
-
-def _first_token(batch: Batch) -> Batch:
-    return Batch(**{key: v[:1, :1] if isinstance(v, Tensor) else v for key, v in batch.items()})  # type: ignore[typeddict-item]
-
-
-def teacher_figures(lesson: Lesson, states: Float[Tensor, "B S H"], head: Head) -> dict[str, tuple[Tensor, Tensor]]:
-    """The teacher's own loss on the responses (the ceiling), and how often student and teacher would say the same.
-
-    Args:
-        states: the student's hidden states of the whole batch.
-
-    Returns:
-        By name, a sum and the number of elements in it.
-    """
-    rows, teacher_states, targets = lesson.responses()
-    student = linear_token_scores(states.flatten(0, 1)[rows], head, targets)
-    teacher = linear_token_scores(teacher_states, lesson.answer.head, targets)
-    count = torch.tensor(targets.numel(), device=targets.device)
-    return {
-        "teacher_response_loss": (teacher.nll.sum(), count),
-        "teacher_agreement": ((student.top1 == teacher.top1).sum(), count),
-    }
-
-
-def load_teacher(
-    module: InstructionModule,
-    teacher: str | PreTrainedModel | Teacher,
-    dtype: DType = "auto",
-    model_kwargs: dict[str, Any] | None = None,
-) -> Teacher:
-    """A teacher for a module's student; where both are given by name, it must have the student's tokenizer."""
-    if isinstance(teacher, Teacher):
-        return teacher
-    loaded = Teacher(
-        teacher, dtype=dtype, trust_remote_code=module.hparams["trust_remote_code"], model_kwargs=model_kwargs
-    )
-    if isinstance(teacher, str) and module.student_name:
-        loaded.check_tokenizer(module.tokenizer)
-    return loaded
-
-
-def check_weights(**weights: float) -> None:
+def _check_weights(**weights: float) -> None:
     """Refuse negative weights, and a loss that is nothing at all."""
     for name, weight in weights.items():
         if not 0 <= weight < float("inf"):
             raise ValueError(f"{name} must not be negative, got {weight}")
     if not any(weights.values()):
         raise ValueError(f"nothing to learn: {', '.join(weights)} are all 0")
-
-
-class AttentionDistiller:
-    """Pairs a student's layers with its teachers' and takes the attention loss inside the student's forward pass."""
-
-    def __init__(self, loss: AttentionLoss, student: torch.nn.Module, teachers: Mapping[str, Teacher], impl: Impl):
-        self.loss, self.impl = loss, impl
-        self.student: AttentionTap = install(student)
-        self.layers: dict[str, dict[int, int]] = {}
-        for name, teacher in teachers.items():
-            depth = teacher.model.config.get_text_config().num_hidden_layers
-            if isinstance(loss.layers, str) and loss.layers == "all" and depth < self.student.num_layers:
-                raise ValueError(
-                    f"attention loss: teacher {name!r} has {depth} layers and the student {self.student.num_layers}; "
-                    "say in attention.layers which answer to which"
-                )
-            pairs = layer_map(self.student.num_layers, depth, loss.layers)
-            self.layers[name] = pairs
-            tap = teacher.watch(sorted(set(pairs.values())))
-            for mine, theirs in pairs.items():
-                self._check_heads(name, self.student.heads.get(mine), tap.heads.get(theirs))
-
-    def _check_heads(self, name: str, mine: int | None, theirs: int | None) -> None:
-        if mine and theirs and self.loss.head_map is None and mine % theirs and theirs % mine:
-            raise ValueError(
-                f"attention loss: the student has {mine} heads and teacher {name!r} {theirs}; neither divides the "
-                "other, so say in attention.head_map which answer to which"
-            )
-
-    @contextmanager
-    def attach(self, lessons: Mapping[str, Lesson]) -> Iterator[dict[str, Tensor]]:
-        """Take the attention losses of the student's forward pass inside this context.
-
-        Yields a dict that holds, after the forward pass, each lesson's loss: the sum over its response rows of the
-        mean over layers and student heads.
-        """
-        facts = {name: _Facts.of(lesson) for name, lesson in lessons.items()}
-        names = list(lessons)
-
-        def layer_loss(layer: int, student: LayerAttention) -> Tensor:
-            losses = []
-            for name in names:
-                pairs, lesson = self.layers[name], lessons[name]
-                if layer in pairs:
-                    teacher = lesson.answer.attention[pairs[layer]]
-                    losses.append(self._loss(student, teacher, lesson, facts[name]) / len(pairs))
-                else:
-                    losses.append(student.q.new_zeros((), dtype=torch.float32))
-            return torch.stack(losses)
-
-        result: dict[str, Tensor] = {}
-        layers = sorted({layer for name in names for layer in self.layers[name]})
-        with self.student.attach(layer_loss, layers) as seen:
-            yield result
-        if names:
-            result.update(zip(names, torch.stack(list(seen.values())).sum(0), strict=True))
-
-    def _loss(self, student: LayerAttention, teacher: LayerAttention, lesson: Lesson, facts: "_Facts") -> Tensor:
-        q, k = (_gather(t, lesson.places) for t in (student.q, student.k))
-        return attention_kl(
-            q,
-            k,
-            teacher.q,
-            teacher.k,
-            scale_student=student.scaling,
-            scale_teacher=teacher.scaling,
-            causal=student.causal,
-            window=_common_window(student, teacher),
-            softcap_student=student.softcap,
-            softcap_teacher=teacher.softcap,
-            cu_seqlens=facts.cu_seqlens,
-            key_mask=facts.key_mask,
-            row_mask=facts.row_mask,
-            kind=self.loss.kind,  # type: ignore[arg-type]
-            temperature=self.loss.temperature,
-            head_map=self.loss.head_map,
-            impl=self.impl,
-        )
-
-
-class _Facts(NamedTuple):
-    """What every layer needs to know of a lesson's batch; worked out once."""
-
-    cu_seqlens: Tensor | None
-    key_mask: Tensor | None
-    row_mask: Tensor
-
-    @staticmethod
-    def of(lesson: Lesson) -> "_Facts":
-        batch = lesson.batch
-        packed = is_packed(batch)
-        return _Facts(
-            cu_seqlens(batch) if packed else None,
-            None if packed else real_tokens(batch),
-            next_token_labels(batch) >= 0,
-        )
-
-
-def _gather(t: Float[Tensor, "B H S D"], index: Int[Tensor, "b s"] | None) -> Float[Tensor, "b H s D"]:
-    """The student's heads where the lesson's tokens stand. Padding takes any token: no kept row sees it."""
-    if index is None:
-        return t
-    return t.transpose(1, 2).flatten(0, 1)[index.clamp_min(0)].transpose(1, 2)
-
-
-def _common_window(student: LayerAttention, teacher: LayerAttention) -> int | None:
-    """The keys that both maps cover; windows that are wider than the batch do not matter."""
-    length = student.q.shape[2]
-    windows = {None if w is None or w >= length else w for w in (student.window, teacher.window)}
-    if len(windows) > 1 or student.causal != teacher.causal:
-        raise ValueError(
-            f"attention loss: a student layer sees {student.window or 'all'} keys and its teacher layer "
-            f"{teacher.window or 'all'}; their maps cannot be compared, so leave the layer out of attention.layers"
-        )
-    return windows.pop()

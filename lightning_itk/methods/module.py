@@ -1,9 +1,9 @@
-"""InstructionModule: a student, its steps, its exact normalisation. One hook to override: `losses(batch)`."""
+"""InstructionModule: a student and its steps. One hook to override: `losses(batch)`."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -14,38 +14,31 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightning_itk.batch import Batch, count_targets, flatten, is_packed, left_padded, next_token_labels, real_tokens
+from lightning_itk.batch import (
+    Batch,
+    count_targets,
+    flatten,
+    is_packed,
+    left_padded,
+    real_tokens,
+    response_rows,
+)
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.implementation import Impl
+from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_gradients
+from lightning_itk.methods.step import ForwardPass, Term, on_a_pass
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints, plain_hparams, rng_states, set_rng_state
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
 from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm, load_tokenizer
-
-# Losses are sums. Backward sees them times this constant, which keeps fp16 gradients in range and, being a power of
-# two, rounds nothing; the gradients are divided by the true token count just before the optimizer looks at them.
-LOSS_SCALE = 2.0**-10
-
-
-class Term(NamedTuple):
-    """One named part of the loss."""
-
-    total: Float[Tensor, ""]  # summed over its elements (tokens, query rows, …), not averaged
-    weight: float = 1.0  # 0 = only logged
-    elements: Tensor | None = None  # what the log divides the total by; None = the batch's response tokens
-
-
-class Ratio(NamedTuple):
-    """One named figure of an evaluation: logged as total / elements over all batches and ranks."""
-
-    total: Tensor
-    elements: Tensor
+from lightning_itk.trainer import datamodule, replica
 
 
 class InstructionModule(L.LightningModule):
     """Train a causal language model on instruction data; the base of SFTModule, KDModule and DAEModule.
 
-    A subclass implements `losses(batch)`. The gradient of an optimizer step is that of the weighted sum of all terms
+    A subclass implements `losses(batch)`; its batch is a `ForwardPass`, so all that it calls shares one run of the
+    models. The gradient of an optimizer step is that of the weighted sum of all terms
     over all its micro-batches and ranks, divided by the number of response tokens in them.
 
     Args:
@@ -110,12 +103,16 @@ class InstructionModule(L.LightningModule):
         if compile:
             base_causal_lm(model).get_decoder().compile()
         self.student = model.train()  # from_pretrained leaves a model in eval mode
-        self._known: tuple[Batch, dict[str, Any]] | None = None
-        self._window: dict[str, Tensor] = {}
+        self._sums = StepSums()
         self._metrics: dict[str, TokenMean] = {}
         self._clock: tuple[float, int] | None = None
         self._rng_states: list[dict[str, Tensor]] | None = None
         self._packing_checked = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for hook in {"losses", "evaluate"} & vars(cls).keys():
+            setattr(cls, hook, on_a_pass(vars(cls)[hook]))
 
     # What subclasses use and override
 
@@ -123,43 +120,37 @@ class InstructionModule(L.LightningModule):
         """Named terms of the loss of one micro-batch. The names must be the same for every batch and rank."""
         raise NotImplementedError(f"{type(self).__name__} must implement losses(batch)")
 
-    def evaluate(self, batch: Batch) -> dict[str, Ratio]:
+    def evaluate(self, batch: Batch) -> dict[str, Term]:
         """Named figures beside the loss terms, for validation and test: the student's own loss and accuracy."""
         hidden, head, targets = self.response_states(batch)
         scores = linear_token_scores(hidden, head, targets)
-        count = count_targets(batch)
-        return {
-            "response_loss": Ratio(scores.nll.sum(), count),
-            "token_accuracy": Ratio((scores.top1 == targets).sum(), count),
-        }
+        return {"response_loss": Term(scores.nll.sum()), "token_accuracy": Term((scores.top1 == targets).sum())}
 
     def models(self) -> Iterable[torch.nn.Module]:
         """Every language model of this module: what FSDP2 shards."""
         yield self.student
 
+    def run_models(self, batch: Batch) -> ForwardPass:
+        """Run what a step needs of the models; a method with more models than the student runs them here."""
+        rows = response_rows(batch)  # first: it waits for the device, which has little to do yet
+        return ForwardPass(batch, rows, self.run_student(batch))
+
     def run_student(self, batch: Batch) -> HiddenStates:
-        """One forward pass of the student; what a method does around it (attach an attention loss) goes here."""
+        """One forward pass of the student."""
         return hidden_states(self.student, batch)
 
-    def student_states(self, batch: Batch) -> HiddenStates:
-        """The student's hidden states [B, S, H] and head; computed once per batch, however often it is asked for."""
-        return self.once(batch, "student", lambda: self.run_student(batch))
+    def forward_pass(self, batch: Batch) -> ForwardPass:
+        """`run_models` in the layout that the student can run; a pass is handed back as it is."""
+        return batch if isinstance(batch, ForwardPass) else self.run_models(self.lay_out(batch))
 
-    def once(self, batch: Batch, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns for this batch, computed once per step."""
-        if self._known is None or self._known[0] is not batch:
-            self._known = (batch, {})
-        known = self._known[1]
-        if name not in known:
-            known[name] = compute()
-        return known[name]
+    def student_states(self, batch: Batch) -> HiddenStates:
+        """The student's hidden states [B, S, H] and its head."""
+        return self.forward_pass(batch).student
 
     def response_states(self, batch: Batch) -> tuple[Float[Tensor, "N H"], Head, Tensor]:
         """The student's hidden states where something is predicted [N, H], its head, and the targets [N]."""
-        targets = next_token_labels(batch).flatten()
-        rows = (targets >= 0).nonzero().flatten()
-        states, head = self.student_states(batch)
-        return states.flatten(0, 1)[rows], head, targets[rows]
+        run = self.forward_pass(batch)
+        return run.student.states.flatten(0, 1)[run.rows.places], run.student.head, run.rows.targets
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -168,16 +159,15 @@ class InstructionModule(L.LightningModule):
     # Steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        batch = self._laid_out(batch)
-        terms = self.losses(batch)
-        targets, total = count_targets(batch), _weighted(terms)
-        sums = {"targets": targets, "tokens": real_tokens(batch).sum(), "slots": batch["input_ids"].numel()}
+        batch = cast(Batch, self.forward_pass(batch))
+        terms, targets = self.losses(batch), count_targets(batch)
+        total = _weighted(terms)
+        sums: dict[str, Tensor | int] = {"targets": targets, "tokens": real_tokens(batch).sum()}
+        sums["slots"] = batch["input_ids"].numel()
         for name, term in {**terms, "loss": Term(total)}.items():
             sums[f"train/{name}"] = term.total
             sums[f"elements/{name}"] = targets if term.elements is None else term.elements
-        for name, value in sums.items():
-            added = torch.as_tensor(value).detach().double().to(total.device, non_blocking=True)
-            self._window[name] = self._window[name] + added if name in self._window else added
+        self._sums.add(sums, total.device)
         return total * LOSS_SCALE
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -188,8 +178,7 @@ class InstructionModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[int, str]]:
         """The student's greedy answers to prompts: (sample id, text), padding left out."""
-        data = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(data, "tokenizer", None) or self.tokenizer
+        tokenizer = datamodule(self.trainer).tokenizer or self.tokenizer
         ids, mask = left_padded(batch)
         generate = base_causal_lm(self.student).generate
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -202,23 +191,21 @@ class InstructionModule(L.LightningModule):
         return [(sample, text) for sample, text in zip(samples, texts, strict=True) if sample >= 0]
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
-        batch = self._laid_out(batch)
+        batch = cast(Batch, self.forward_pass(batch))
         terms, targets = self.losses(batch), count_targets(batch)
-        ratios = {
-            name: Ratio(term.total, targets if term.elements is None else term.elements)
-            for name, term in {**terms, "loss": Term(_weighted(terms))}.items()
-        }
-        ratios |= self.evaluate(batch)
-        for name, ratio in ratios.items():
-            self._metric(f"{stage}/{name}", TokenMean).update(*ratio)
-        self._metric(f"{stage}/perplexity", ResponsePerplexity).update(*ratios["response_loss"])
+        figures = {**terms, "loss": Term(_weighted(terms)), **self.evaluate(batch)}
+        for name, (total, _, elements) in figures.items():
+            elements = targets if elements is None else elements
+            self._metric(f"{stage}/{name}", TokenMean).update(total, elements)
+            if name == "response_loss":
+                self._metric(f"{stage}/perplexity", ResponsePerplexity).update(total, elements)
 
     def _metric(self, name: str, kind: type[TokenMean]) -> TokenMean:
         if name not in self._metrics:
             self._metrics[name] = kind().to(self.device)
         return self._metrics[name]
 
-    def _laid_out(self, batch: Batch) -> Batch:
+    def lay_out(self, batch: Batch) -> Batch:
         """The layout this student can run: flash kernels want packed samples in a single row."""
         if is_packed(batch):
             if not self._packing_checked:
@@ -254,11 +241,11 @@ class InstructionModule(L.LightningModule):
                 "DeepSpeed hides the gradients that exact token normalisation has to scale; "
                 "use strategy: ddp, or ModelParallelStrategy (FSDP2)"
             )
-        largest = getattr(getattr(self.trainer, "datamodule", None), "max_token_id", None)
+        largest = datamodule(self.trainer).max_token_id
         embeddings = base_causal_lm(self.student).get_input_embeddings()
         assert isinstance(embeddings.weight, Tensor)
         rows = embeddings.weight.shape[0]
-        if largest is not None and largest >= rows:
+        if largest >= rows:
             raise ValueError(
                 f"the data holds token id {largest} but {self.student_name!r} has only {rows} embeddings: "
                 "tokenizer and student do not belong together"
@@ -274,19 +261,25 @@ class InstructionModule(L.LightningModule):
                 callback._last_global_step_saved = self.trainer.global_step  # type: ignore[attr-defined]
         self._clock = None
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        def closure() -> Any:
+            loss = optimizer_closure()
+            sums = self._sums.reduced(self.trainer.strategy)
+            # The loss whose gradient the optimizer sees, for those that search along a line (LBFGS).
+            return loss if loss is None or not sums else sums["train/loss"] / sums["targets"].clamp_min(1)
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        names = sorted(self._window)
-        reduced = self.trainer.strategy.reduce(torch.stack([self._window[n] for n in names]), reduce_op="sum")
-        self._window.clear()
-        sums = dict(zip(names, reduced, strict=True))
-        replicas = _replicas(self.trainer)
+        sums = self._sums.reduced(self.trainer.strategy)
+        if not sums:
+            return  # under manual optimization: a step for a loss that is not ours
         # Lightning divided each loss by the accumulation, DDP and FSDP averaged over the replicas; ranks that share
         # a batch (tensor parallel) were counted once each.
+        replicas = replica(self.trainer).total
         count = sums["targets"].clamp_min(1) * replicas / self.trainer.world_size
         factor = self.trainer.accumulate_grad_batches * replicas / (LOSS_SCALE * count)
-        gradients = [_local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(factor.to(gradient.dtype) if gradient.dtype == torch.float64 else factor.float())
+        scale_gradients((p for group in optimizer.param_groups for p in group["params"]), factor)
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == 0 or (step + 1) % every == 0:
             self._log_step(optimizer, sums)
@@ -307,9 +300,6 @@ class InstructionModule(L.LightningModule):
             self.log("tokens/s", (sums["tokens"] / seconds_per_step).float(), prog_bar=True)
         self._clock = (now, step)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._known = None
-
     def on_validation_epoch_end(self) -> None:
         self._log_metrics()
 
@@ -317,7 +307,6 @@ class InstructionModule(L.LightningModule):
         self._log_metrics()
 
     def _log_metrics(self) -> None:
-        self._known = None
         for name, metric in self._metrics.items():
             self.log(name, metric.compute(), prog_bar=name == "val/loss")
         self._metrics.clear()
@@ -346,13 +335,3 @@ class InstructionModule(L.LightningModule):
 
 def _weighted(terms: dict[str, Term]) -> Tensor:
     return torch.stack([term.weight * term.total for term in terms.values() if term.weight]).sum()
-
-
-def _replicas(trainer: L.Trainer) -> int:
-    """How many different batches are trained on at once."""
-    settings: dict[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-    return settings.get("num_replicas") or 1
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

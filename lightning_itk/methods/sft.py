@@ -2,7 +2,8 @@
 
 from lightning_itk.batch import Batch
 from lightning_itk.losses.token import linear_cross_entropy
-from lightning_itk.methods.module import InstructionModule, Term
+from lightning_itk.methods.module import InstructionModule
+from lightning_itk.methods.step import Term
 
 
 class SFTModule(InstructionModule):
@@ -14,4 +15,4 @@ class SFTModule(InstructionModule):
 
     def losses(self, batch: Batch) -> dict[str, Term]:
         """`ce`: summed cross-entropy of the response tokens, in nats."""
-        return {"ce": Term(linear_cross_entropy(*self.response_states(batch), impl=self.impl))}
+        return {"ce": Term(linear_cross_entropy(*self.response_states(batch), impl=self.impl, has_ignored=False))}

@@ -1,27 +1,47 @@
-"""A frozen model to learn from: loaded, kept in eval mode, kept out of checkpoints."""
+"""A frozen model to learn from, and what it gives a student to match."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_itk.attention.capture import AttentionTap, LayerAttention, install
-from lightning_itk.batch import Batch
+from lightning_itk.batch import Batch, ResponseRows, response_rows, select
 from lightning_itk.losses.chunked import Head
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 from lightning_itk.models.hidden import check_head, hidden_states
 from lightning_itk.models.loading import DType, first_difference, load_causal_lm, load_tokenizer
 
 
-class Answer(NamedTuple):
-    """What a teacher says about a batch."""
+class TeacherOutput(NamedTuple):
+    """What a teacher makes of a batch."""
 
     states: Float[Tensor, "B S H"]  # the head's input
     head: Head
     attention: Mapping[int, LayerAttention]  # queries and keys of the layers that are watched
+
+
+class SoftTargets(NamedTuple):
+    """What a teacher gives the student to match, on the samples that are its own."""
+
+    batch: Batch  # those samples only, in the layout of the student's batch
+    places: Int[Tensor, "b s"] | None  # where each token stands in the student's flattened batch; None = the same place
+    rows: ResponseRows  # of `batch`
+    teacher: TeacherOutput
+
+    @property
+    def student_rows(self) -> Int[Tensor, " n"]:
+        """Where the response rows stand in the student's flattened batch."""
+        return self.rows.places if self.places is None else self.places.flatten()[self.rows.places]
+
+    @property
+    def states(self) -> Float[Tensor, "n H"]:
+        """The teacher's hidden states at its response rows."""
+        return self.teacher.states.flatten(0, 1)[self.rows.places]
 
 
 class Teacher(nn.Module):
@@ -74,13 +94,35 @@ class Teacher(nn.Module):
         return self._tap
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> Answer:
+    def forward(self, batch: Batch) -> TeacherOutput:
         """The head's input for every position of the batch, the head, and what `watch` asked for."""
         if self._tap is None:
-            return Answer(*hidden_states(self.model, batch), {})
+            return TeacherOutput(*hidden_states(self.model, batch), {})
         with self._tap.record(self._watched) as seen:
             states = hidden_states(self.model, batch)
-        return Answer(*states, seen)
+        return TeacherOutput(*states, seen)
+
+    def soft_targets(
+        self, batch: Batch, rows: ResponseRows, keep: Bool[Tensor, "B S"] | None = None
+    ) -> SoftTargets | None:
+        """Run on the teacher's samples of a batch, and on nothing else.
+
+        Args:
+            rows: the response rows of the batch.
+            keep: True on the tokens of its samples; None = all of them.
+
+        Returns:
+            What the student is to match; None when no sample is the teacher's.
+        """
+        if keep is None:
+            return SoftTargets(batch, None, rows, self(batch))
+        part = select(batch, keep)
+        if part is None:
+            if isinstance(self.model, FSDPModule):  # the other ranks wait for this one to gather the weights
+                self(_first_token(batch))
+            return None
+        own, places = part
+        return SoftTargets(own, places, response_rows(own), self(own))
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a student with another tokenizer: probabilities over different tokens cannot be compared.
@@ -92,3 +134,7 @@ class Teacher(nn.Module):
         difference = first_difference(tokenizer, own)
         if difference:
             raise ValueError(f"student and teacher {self.name!r} have different tokenizers: {difference}")
+
+
+def _first_token(batch: Batch) -> Batch:
+    return Batch(**{key: v[:1, :1] if isinstance(v, Tensor) else v for key, v in batch.items()})  # type: ignore[typeddict-item]

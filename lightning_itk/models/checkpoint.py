@@ -17,7 +17,8 @@ def keep_out_of_checkpoints(module: nn.Module, *, frozen_only: bool = False) -> 
     """
 
     def hidden() -> dict[str, Tensor]:
-        tensors = {name: p.detach() for name, p in module.named_parameters() if not (frozen_only and p.requires_grad)}
+        parameters = module.named_parameters(remove_duplicate=False)  # a tied weight has two names
+        tensors = {name: p.detach() for name, p in parameters if not (frozen_only and p.requires_grad)}
         if not frozen_only:
             tensors |= _persistent_buffers(module)
         return tensors

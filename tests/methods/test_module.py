@@ -71,6 +71,25 @@ def test_checkpoints_are_safe_small_and_load(tmp_path, model_folder):
         assert weight.equal(again.state_dict()[name])
 
 
+@pytest.mark.parametrize("method", ["kd", "dae"])
+def test_a_tied_teacher_stays_out_of_checkpoints_and_old_ones_load(tmp_path, model_folder, method):
+    student, teacher = model_folder("llama", 0), model_folder("llama", 1, tie_word_embeddings=True)
+    kind, arguments = {
+        "kd": (itk.KDModule, {"teacher": teacher}),
+        "dae": (itk.DAEModule, {"teachers": {"reference": teacher}}),
+    }[method]
+    fit = trainer(tmp_path, logger=False)
+    fit.fit(kind(student, **arguments), loader())
+    path = fit.checkpoint_callback.best_model_path
+    checkpoint = torch.load(path, weights_only=True)
+    assert all(name.startswith("student.") for name in checkpoint["state_dict"])
+    slipped_in = {"kd": "teacher.model.lm_head.weight", "dae": "_teachers.0.model.lm_head.weight"}[method]
+    checkpoint["state_dict"][slipped_in] = checkpoint["state_dict"]["student.lm_head.weight"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    again = kind.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True)
+    assert again.student.lm_head.weight.equal(checkpoint["state_dict"]["student.lm_head.weight"])
+
+
 def test_lora_trains_and_saves_adapters_only(tmp_path, model_folder):
     pytest.importorskip("peft")
     model = itk.SFTModule(

@@ -1,0 +1,152 @@
+"""The attention term: a student's layers paired with its teachers', and the loss taken inside its forward pass."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_itk.attention.capture import AttentionTap, LayerAttention, install, layer_map
+from lightning_itk.attention.kl import attention_kl
+from lightning_itk.batch import IGNORE_INDEX, Batch, cu_seqlens, is_packed, next_token_labels, real_tokens
+from lightning_itk.losses.implementation import Impl
+from lightning_itk.methods.teacher import SoftTargets, Teacher
+
+
+@dataclass
+class AttentionLoss:
+    """The attention term: mean over layers and student heads of KL(teacher's map || student's map) at response rows.
+
+    Args:
+        weight: Its weight in the loss (the paper's value is 1).
+        layers: "all", "every:n", student layers, or a map from student layers to teacher layers. Without a map,
+            student layer l answers to teacher layer round((l + 1) * teacher layers / student layers) - 1.
+        head_map: Teacher head, or heads, of each student head. null pairs consecutive groups.
+        kind: forward = KL(teacher || student), reverse = KL(student || teacher).
+        temperature: Divides the scores of both models.
+    """
+
+    weight: float = 1.0
+    layers: str | list[int] | dict[int, int] = "all"
+    head_map: list[int] | list[list[int]] | None = None
+    kind: str = "forward"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"attention.weight must not be negative, got {self.weight}")
+        if self.kind not in ("forward", "reverse"):
+            raise ValueError(f"attention.kind must be 'forward' or 'reverse', got {self.kind!r}")
+        if self.temperature <= 0:
+            raise ValueError(f"attention.temperature must be positive, got {self.temperature}")
+
+
+class AttentionDistiller:
+    """Pairs a student's layers with its teachers' and takes the attention loss inside the student's forward pass."""
+
+    def __init__(self, loss: AttentionLoss, student: torch.nn.Module, teachers: Mapping[str, Teacher], impl: Impl):
+        self.loss, self.impl = loss, impl
+        self.student: AttentionTap = install(student)
+        self.layers: dict[str, dict[int, int]] = {}
+        for name, teacher in teachers.items():
+            depth = teacher.model.config.get_text_config().num_hidden_layers
+            if isinstance(loss.layers, str) and loss.layers == "all" and depth < self.student.num_layers:
+                raise ValueError(
+                    f"attention loss: teacher {name!r} has {depth} layers and the student {self.student.num_layers}; "
+                    "say in attention.layers which answer to which"
+                )
+            pairs = layer_map(self.student.num_layers, depth, loss.layers)
+            self.layers[name] = pairs
+            tap = teacher.watch(sorted(set(pairs.values())))
+            for mine, theirs in pairs.items():
+                self._check_heads(name, self.student.heads.get(mine), tap.heads.get(theirs))
+
+    def _check_heads(self, name: str, mine: int | None, theirs: int | None) -> None:
+        if mine and theirs and self.loss.head_map is None and mine % theirs and theirs % mine:
+            raise ValueError(
+                f"attention loss: the student has {mine} heads and teacher {name!r} {theirs}; neither divides the "
+                "other, so say in attention.head_map which answer to which"
+            )
+
+    @contextmanager
+    def attach(self, targets: Mapping[str, SoftTargets]) -> Iterator[dict[str, Tensor]]:
+        """Take the attention losses of the student's forward pass inside this context.
+
+        Yields a dict that holds, after the forward pass, each teacher's loss: the sum over its response rows of the
+        mean over layers and student heads.
+        """
+        masks = {name: _Masks.of(own.batch) for name, own in targets.items()}
+        names = list(targets)
+
+        def layer_loss(layer: int, student: LayerAttention) -> Tensor:
+            losses = []
+            for name in names:
+                pairs, own = self.layers[name], targets[name]
+                if layer in pairs:
+                    teacher = own.teacher.attention[pairs[layer]]
+                    losses.append(self._loss(student, teacher, own.places, masks[name]) / len(pairs))
+                else:
+                    losses.append(student.q.new_zeros((), dtype=torch.float32))
+            return torch.stack(losses)
+
+        result: dict[str, Tensor] = {}
+        layers = sorted({layer for name in names for layer in self.layers[name]})
+        with self.student.attach(layer_loss, layers) as seen:
+            yield result
+        if names:
+            result.update(zip(names, torch.stack(list(seen.values())).sum(0), strict=True))
+
+    def _loss(self, student: LayerAttention, teacher: LayerAttention, places: Tensor | None, masks: "_Masks") -> Tensor:
+        q, k = (_gather(t, places) for t in (student.q, student.k))
+        return attention_kl(
+            q,
+            k,
+            teacher.q,
+            teacher.k,
+            scale_student=student.scaling,
+            scale_teacher=teacher.scaling,
+            causal=student.causal,
+            window=_common_window(student, teacher),
+            softcap_student=student.softcap,
+            softcap_teacher=teacher.softcap,
+            **masks._asdict(),
+            kind=self.loss.kind,  # type: ignore[arg-type]
+            temperature=self.loss.temperature,
+            head_map=self.loss.head_map,
+            impl=self.impl,
+        )
+
+
+class _Masks(NamedTuple):
+    """Which keys the rows of a batch see and which rows count, the same for every layer."""
+
+    cu_seqlens: Tensor | None
+    key_mask: Tensor | None
+    row_mask: Tensor
+
+    @staticmethod
+    def of(batch: Batch) -> "_Masks":
+        rows = next_token_labels(batch) != IGNORE_INDEX
+        return _Masks(cu_seqlens(batch), None, rows) if is_packed(batch) else _Masks(None, real_tokens(batch), rows)
+
+
+def _gather(t: Float[Tensor, "B H S D"], index: Int[Tensor, "b s"] | None) -> Float[Tensor, "b H s D"]:
+    """The student's heads where a teacher's tokens stand. Padding takes any token: no kept row sees it."""
+    if index is None:
+        return t
+    return t.transpose(1, 2).flatten(0, 1)[index.clamp_min(0)].transpose(1, 2)
+
+
+def _common_window(student: LayerAttention, teacher: LayerAttention) -> int | None:
+    """The keys that both maps cover; windows that are wider than the batch do not matter."""
+    length = student.q.shape[2]
+    windows = {None if w is None or w >= length else w for w in (student.window, teacher.window)}
+    if len(windows) > 1 or student.causal != teacher.causal:
+        raise ValueError(
+            f"attention loss: a student layer sees {student.window or 'all'} keys and its teacher layer "
+            f"{teacher.window or 'all'}; their maps cannot be compared, so leave the layer out of attention.layers"
+        )
+    return windows.pop()

@@ -1,0 +1,159 @@
+"""A step is one explicit value: whoever calls a module's losses, and however often, nothing is remembered."""
+
+import lightning as L
+import pytest
+import torch
+from exact import METHODS, SAMPLES, TAGS, batches, module
+from tiny import tiny_model
+
+import lightning_itk as itk
+from lightning_itk import batch as b
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in model.student.parameters()])
+
+
+def fit(model, data, **options) -> torch.Tensor:
+    L.Trainer(**QUIET, **{"max_epochs": 1, **options}).fit(model, torch.utils.data.DataLoader(data, batch_size=None))
+    return weights(model)
+
+
+def gradients(model, terms) -> list[torch.Tensor]:
+    total = sum(term.weight * term.total for term in terms.values())
+    return list(torch.autograd.grad(total, list(model.student.parameters())))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_may_be_asked_for_at_any_time(method):
+    model, (batch, *_) = module(method), batches(8)
+    first = gradients(model, model.losses(batch))
+    with torch.no_grad():
+        silent = model.losses(batch)
+    again = model.losses(batch)
+    assert all(silent[name].total.equal(term.total.detach()) for name, term in again.items())
+    assert all(a.equal(b) for a, b in zip(first, gradients(model, again), strict=True))
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.mul_(1.1)
+    fresh = module(method)
+    fresh.student.load_state_dict(model.student.state_dict())
+    for name, term in fresh.losses(batch).items():
+        assert term.total.equal(model.losses(batch)[name].total), name
+        assert not term.total.equal(again[name].total), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_callback_that_looks_at_the_loss_changes_no_step(method):
+    class Look(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with torch.no_grad():
+                self.seen.append(sum(t.weight * t.total for t in pl_module.losses(batch).values()))
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            pl_module.losses(batches(8)[0])
+
+    look = Look()
+    assert fit(module(method), batches(8), callbacks=[look]).equal(fit(module(method), batches(8)))
+    assert len(look.seen) == 4
+
+
+def full_batch_lbfgs(student, batch, steps: int) -> torch.Tensor:
+    """Plain torch on the mean loss of one batch."""
+    optimizer = torch.optim.LBFGS(student.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+    labels = b.next_token_labels(batch)
+
+    def closure():
+        optimizer.zero_grad()
+        logits = student(**b.model_inputs(batch)).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+
+
+def test_lbfgs_evaluates_its_closure_as_often_as_it_likes():
+    (batch,) = batches(8)[:1]
+    model = itk.SFTModule(
+        tiny_model().double(),
+        dtype="float64",
+        optimizer=lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4, line_search_fn="strong_wolfe"),
+        lr_scheduler=None,
+    )
+    ours = fit(model, [batch], max_epochs=3)
+    start, expected = weights(module("sft")).double(), full_batch_lbfgs(tiny_model().double(), batch, 3)
+    assert (ours - expected).norm() / (expected - start).norm() < 1e-6
+
+
+class TwoOptimizers(itk.SFTModule):
+    """The head and the rest, each with an optimizer of its own, stepped by hand after one backward."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        head = self.student.lm_head.weight
+        rest = [parameter for parameter in self.student.parameters() if parameter is not head]
+        return [torch.optim.SGD([head], lr=0.3), torch.optim.SGD(rest, lr=0.3)]
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if (batch_idx + 1) % 2 == 0:  # accumulates two micro-batches by hand
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_two_optimizers_under_manual_optimization_share_the_step():
+    ours = fit(TwoOptimizers(tiny_model()), batches(4)[:6])
+    expected = fit(module("sft"), batches(8)[:3])
+    start = weights(module("sft"))
+    assert (ours - expected).norm() / (expected - start).norm() < 1e-5
+
+
+def test_a_hooks_calls_share_one_run_of_the_models():
+    class Extra(itk.KDModule):
+        def losses(self, batch):
+            hidden, _, _ = self.response_states(batch)
+            return super().losses(batch) | {"norm": itk.Term(hidden.square().sum(), 0.1)}
+
+        def evaluate(self, batch):
+            """Without the figures of the base."""
+            return {"width": itk.Term(self.student_states(batch).states.abs().sum())}
+
+    model = Extra(tiny_model("llama", 0), tiny_model("llama", 1))
+    calls = []
+    for part in (model.student, model.teacher.model):
+        part.register_forward_hook(lambda *_: calls.append(1))
+    model.losses(batches(8)[0])
+    assert len(calls) == 2
+    loader = torch.utils.data.DataLoader(batches(8)[:1], batch_size=None)
+    (metrics,) = L.Trainer(**QUIET).validate(model, loader, verbose=False)
+    assert len(calls) == 4
+    assert {"val/width", "val/norm", "val/loss"} <= metrics.keys()
+    assert "val/response_loss" not in metrics
+
+
+def test_a_teacher_without_samples_leaves_no_parameter_without_a_gradient():
+    """Under DDP and FSDP2 the other ranks wait for the gradients of all: the untied head's too."""
+    model = module("dae")
+    terms = model.losses(b.pad([s for s in SAMPLES if s.teacher_id == 0][:2], pad_id=0, teachers=TAGS))
+    only = terms["distillation/expert"].total + terms["attention/expert"].total
+    grads = torch.autograd.grad(only, [model.student.lm_head.weight], allow_unused=True)
+    assert grads[0] is not None
+    assert not grads[0].any()
