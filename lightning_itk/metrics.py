@@ -1,13 +1,14 @@
-"""torchmetrics for instruction tuning."""
+"""Metrics for instruction tuning, for torchmetrics where they are summed over batches and ranks."""
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
-
-from lightning_itk.choice.car import compatibility_adjusted_reward
 
 
 class TokenMean(Metric):
@@ -67,11 +68,44 @@ class WinRate(TokenMean):
         super().update(wins, scores.numel())
 
 
+def compatibility_adjusted_reward(reward: Any, loss: Any, beta: float = 3.0) -> Any:
+    """CAR = reward / (1 + beta * loss).
+
+    Args:
+        reward: mean reward of a teacher's responses, at least 0: below, a higher loss would raise CAR (see
+            `choice.shift_rewards`). A number, an array or a tensor.
+        loss: mean response loss in nats per token under the student before any tuning, at least 0; of the same shape.
+        beta: weight of the loss, at least 0; 0 = the plain reward. The paper tunes it and its value is not known; 3 is
+            this kit's default.
+
+    Returns:
+        CAR, as a number, array or tensor like `reward`.
+
+    Raises:
+        ValueError: a negative or undefined reward, loss or beta.
+
+    Source: arXiv 2411.07133, CAR(D, theta) = r(D) / (1 + beta L(D, theta)).
+    """
+    if not 0 <= beta < np.inf:
+        raise ValueError(f"beta must be a number of at least 0, found {beta}")
+    rewards, losses = finite_array("reward", reward), finite_array("loss", loss)
+    if losses.size and losses.min() < 0:
+        raise ValueError(f"losses must be at least 0, found {losses.min():g}")
+    if rewards.size and rewards.min() < 0:
+        raise ValueError(f"rewards must be at least 0, found {rewards.min():g}: shift them first, all teachers alike")
+    if rewards.shape != losses.shape and rewards.ndim and losses.ndim:
+        raise ValueError(f"rewards and losses must have one shape, found {rewards.shape} and {losses.shape}")
+    if isinstance(reward, Tensor) or isinstance(loss, Tensor):
+        return reward / (1 + beta * loss)
+    car = rewards / (1 + beta * losses)
+    return car if car.ndim else float(car)
+
+
 class CompatibilityAdjustedReward(Metric):
     """CAR of one teacher's responses: mean reward / (1 + beta * mean response loss), over all batches and ranks.
 
     Args:
-        beta: weight of the loss, see `choice.compatibility_adjusted_reward`.
+        beta: weight of the loss, see `compatibility_adjusted_reward`.
         **kwargs: of `torchmetrics.Metric`.
 
     Source: arXiv 2411.07133.
@@ -115,3 +149,11 @@ class CompatibilityAdjustedReward(Metric):
 
 def _words(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
+
+
+def finite_array(what: str, values: Any) -> NDArray[np.float64]:
+    """Numbers, arrays or tensors as float64; refused by the name `what` where one is nan or infinite."""
+    array = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} must be finite, found {array[~np.isfinite(array)].flat[0]}")
+    return array

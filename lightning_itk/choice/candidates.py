@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,17 +10,17 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lightning_itk.batch import Sample, pad, response_rows
-from lightning_itk.choice.statistics import SampleStatistics, TokenStatistics, sample_statistics, token_statistics
+from lightning_itk.choice.statistics import SampleStatistics, sample_statistics
 from lightning_itk.data.chat import ChatEncoder
-from lightning_itk.data.records import RESPONSES, DataError, Message, Record, check, parse_line
+from lightning_itk.data.records import RESPONSES, DataError, Message, Record, check
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
-from lightning_itk.losses.chunked import project
+from lightning_itk.losses.chunked import linear_token_scores
 from lightning_itk.models.hidden import hidden_states
 
 Missing = Literal["refuse", "drop"]
 
 
-class Answer(NamedTuple):
+class RatedResponse(NamedTuple):
     """One response of one candidate."""
 
     messages: list[Message] | None  # the whole conversation; None = there is no response
@@ -32,7 +31,7 @@ class Answer(NamedTuple):
 class Candidates(NamedTuple):
     """The responses of all candidates to the prompts that they share."""
 
-    answers: dict[str, list[Answer]]  # per candidate [prompts], in the order of the first candidate's file
+    answers: dict[str, list[RatedResponse]]  # per candidate [prompts], in the order of the first candidate's file
     dropped: int  # prompts that some candidate was not asked
 
 
@@ -73,13 +72,13 @@ def read_candidates(
     )
 
 
-def _read(source: Source, reward_column: str | None, missing: Missing) -> dict[tuple[bytes, int], Answer]:
+def _read(source: Source, reward_column: str | None, missing: Missing) -> dict[tuple[bytes, int], RatedResponse]:
     """Answers by prompt; a prompt that comes again counts as another one."""
-    found: dict[tuple[bytes, int], Answer] = {}
+    found: dict[tuple[bytes, int], RatedResponse] = {}
     for chunk in read_chunks(source):
-        for record, raw in zip(parse_chunk(chunk, source, need_response=False), chunk.raw, strict=True):
-            original = parse_line(raw) if isinstance(raw, bytes) else raw
-            answer = Answer(
+        records = parse_chunk(chunk, source, need_response=False)
+        for record, original in zip(records, chunk.objects(), strict=True):
+            answer = RatedResponse(
                 _conversation(original, record, source.columns or {}, missing),
                 math.nan if reward_column is None else _reward(original, reward_column, record.place, missing),
                 record.place,
@@ -166,9 +165,8 @@ def response_statistics(
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}  # type: ignore
             places, targets = response_rows(batch)
             states, head = hidden_states(student, batch)
-            states = states.flatten(0, 1)[places]
-            found = token_statistics(states, targets, partial(project, head=head.prepared(states)))
-            means = sample_statistics(TokenStatistics(*found), batch["sample_ids"].flatten()[places], len(rows))
+            scores = linear_token_scores(states.flatten(0, 1)[places], head, targets, ranks=True)
+            means = sample_statistics(scores, batch["sample_ids"].flatten()[places], len(rows))
             index = torch.from_numpy(rows.copy())
             loss[index], rank[index], tokens[index] = means.loss.cpu(), means.rank.cpu(), means.tokens.cpu()
             progress(min(start + batch_size, count))
@@ -177,7 +175,7 @@ def response_statistics(
     return SampleStatistics(loss, rank, tokens)
 
 
-def in_order(answers: Sequence[Answer], values: NDArray[np.float64]) -> NDArray[np.float64]:
+def in_order(answers: Sequence[RatedResponse], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Values of the answers that are there, back at their places [prompts]; nan at the others."""
     placed = np.full(len(answers), np.nan)
     placed[[answer.messages is not None for answer in answers]] = values

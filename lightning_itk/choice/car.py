@@ -10,44 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from lightning_itk.choice.statistics import finite_array, rank_surprisal_ratio
+from lightning_itk.choice.statistics import rank_surprisal_ratio
+from lightning_itk.metrics import compatibility_adjusted_reward
 
 _BLOCK = 1 << 24  # elements of one temporary
-
-
-def compatibility_adjusted_reward(reward: Any, loss: Any, beta: float = 3.0) -> Any:
-    """CAR = reward / (1 + beta * loss).
-
-    Args:
-        reward: mean reward of a teacher's responses, at least 0: below, a higher loss would raise CAR (see
-            `shift_rewards`). A number, an array or a tensor.
-        loss: mean response loss in nats per token under the student before any tuning, at least 0; of the same shape.
-        beta: weight of the loss, at least 0; 0 = the plain reward. The paper tunes it and its value is not known; 3 is
-            this kit's default.
-
-    Returns:
-        CAR, as a number, array or tensor like `reward`.
-
-    Raises:
-        ValueError: a negative or undefined reward, loss or beta.
-
-    Source: arXiv 2411.07133, CAR(D, theta) = r(D) / (1 + beta L(D, theta)).
-    """
-    if not 0 <= beta < np.inf:
-        raise ValueError(f"beta must be a number of at least 0, found {beta}")
-    rewards, losses = finite_array("reward", reward), finite_array("loss", loss)
-    if losses.size and losses.min() < 0:
-        raise ValueError(f"losses must be at least 0, found {losses.min():g}")
-    if rewards.size and rewards.min() < 0:
-        raise ValueError(f"rewards must be at least 0, found {rewards.min():g}: shift them first, all teachers alike")
-    if rewards.shape != losses.shape and rewards.ndim and losses.ndim:
-        raise ValueError(f"rewards and losses must have one shape, found {rewards.shape} and {losses.shape}")
-    if isinstance(reward, Tensor) or isinstance(loss, Tensor):
-        return reward / (1 + beta * loss)
-    car = rewards / (1 + beta * losses)
-    return car if car.ndim else float(car)
 
 
 def shift_rewards(rewards: Mapping[str, ArrayLike], shift: float | None = None) -> dict[str, NDArray[np.float64]]:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_itk.data.records import Message
-from lightning_itk.models.loading import DType, check_folder, first_line, load_tokenizer
+from lightning_itk.hub import check_folder, first_line, load_tokenizer
+from lightning_itk.models.loading import DType
 
 
 class RewardModel:

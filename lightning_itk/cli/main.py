@@ -8,17 +8,15 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from lightning_itk import __version__
+
 # name -> (module, function, one line for --help)
 COMMANDS = {
-    "quickstart": (
-        "toy.quickstart",
-        "quickstart",
-        "train, distil and align tiny models on toy data; no downloads",
-    ),
-    "select": ("cli.commands", "select", "choose records by their learning percentage, from a scores file"),
-    "choose-teacher": ("cli.commands", "choose_teacher", "rank candidate teachers for a student by their responses"),
-    "generate": ("cli.commands", "generate", "write a model's responses to the prompts of a file"),
-    "export": ("cli.commands", "export_checkpoint", "turn a checkpoint into a Hugging Face folder"),
+    "quickstart": ("toy.quickstart", "quickstart", "train, distil and align tiny models on toy data; no downloads"),
+    "select": ("cli.select", "select_records", "choose records by their learning percentage, from a scores file"),
+    "choose-teacher": ("cli.choose_teacher", "choose_teacher", "rank candidate teachers by their responses"),
+    "generate": ("cli.generate", "generate_responses", "write a model's responses to the prompts of a file"),
+    "export": ("cli.export", "export_checkpoint", "turn a checkpoint into a Hugging Face folder"),
 }
 STAGES = {
     "fit": "train",
@@ -36,6 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         _print_help()
+        return 0
+    if args[0] == "--version":
+        print(f"lightning-itk {__version__}")
         return 0
     _quiet()
     try:
@@ -59,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _print_help() -> None:
-    print("usage: lightning-itk COMMAND [--config FILE] [options]\n\ncommands (each has its own --help):")
+    print("usage: lightning-itk COMMAND [--config FILE] [options] | --version\n\ncommands (each has its own --help):")
     for name, text in {**STAGES, **{name: entry[2] for name, entry in COMMANDS.items()}}.items():
         print(f"  {name:<16}{text}")
 
@@ -102,14 +103,24 @@ def _one_line(error: Exception) -> str:
     return " ".join(telling) or " ".join(lines) or type(error).__name__
 
 
+# Beginnings of what libraries warn of each other, or of what is meant to be so; everything else is shown.
+_HIDDEN = (
+    r"LightningCLI's args parameter is intended to run from within Python",  # that is what `main(args)` is
+    r"No seed found, seed set to",  # said again by Lightning in one line
+    r"\s*By default only one JsonargparseDeprecationWarning",
+    r"\s*``(ArgumentParser\.add_instantiator|instantiate_classes)`` was deprecated",
+    r"\s*skip_none parameter was deprecated",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # teachers
+    r"Total length of `list` across ranks is zero",  # no validation data
+)
+
+
 def _quiet() -> None:
-    """No progress bars for loading weights, no deprecation notices of libraries inside libraries."""
+    """No bars for loading weights, and none of the warnings that nobody can act upon."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="lightning|transformers|torch|peft")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for message in _HIDDEN:
+        warnings.filterwarnings("ignore", message=message)

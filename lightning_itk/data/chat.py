@@ -150,6 +150,15 @@ class ChatEncoder:
         """Token ids int32 [tokens] of `prompt`."""
         return np.array(self._backend.encode(self.prompt(messages), add_special_tokens=False).ids, np.int32)
 
+    def stop_tokens(self) -> list[int]:
+        """What ends an answer in the template, where that is a token of its own."""
+        try:
+            ids, spans = self.encode([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]])[0]
+        except ValueError:
+            return []  # a template with demands of its own
+        last = int(ids[spans[-1, 1] - 1])
+        return [last] if last in self._backend.get_added_tokens_decoder() else []
+
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[str, Spans]]:
         """The text of each conversation and the character spans that are learned in it."""
         if self._has_generation_marks:

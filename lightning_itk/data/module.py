@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_itk.data.cache import tokenize
 from lightning_itk.data.chat import ChatEncoder
@@ -17,8 +17,8 @@ from lightning_itk.data.records import DataError
 from lightning_itk.data.sampler import BatchSampler, MixedSource
 from lightning_itk.data.samples import TokenizedSource
 from lightning_itk.data.sources import Sources, as_sources
-from lightning_itk.data.split import held_out
-from lightning_itk.data.subset import Subset, choose
+from lightning_itk.data.subset import Subset, choose, held_out
+from lightning_itk.hub import load_tokenizer
 from lightning_itk.trainer import replica
 
 
@@ -220,7 +220,10 @@ class InstructionDataModule(L.LightningDataModule):
             if self._tokenizer is None:
                 self._tokenizer = _students_tokenizer(self.trainer)
             if isinstance(self._tokenizer, str):
-                self._tokenizer = _load_tokenizer(self._tokenizer)
+                try:
+                    self._tokenizer = load_tokenizer(self._tokenizer)
+                except ValueError as error:
+                    raise DataError(f"{self._tokenizer}: no tokenizer could be loaded: {error}") from error
             self._encoder = ChatEncoder(self._tokenizer, self._chat_template)
         return self._encoder
 
@@ -304,14 +307,6 @@ def _students_tokenizer(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | 
     if found is None:
         raise DataError("no tokenizer: set data.tokenizer to a folder or hub name, or train a module with a student")
     return found
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: no tokenizer could be loaded: {reason}") from error
 
 
 def _report(name: str, tokenized: list[TokenizedSource], max_length: int) -> None:

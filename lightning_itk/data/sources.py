@@ -107,6 +107,10 @@ class Chunk(NamedTuple):
     places: list[int]  # 1-based line or record numbers
     raw: list[Any]  # bytes (a line of JSON) or what a parser returned
 
+    def objects(self) -> list[Any]:
+        """The records as they came, parsed: what stands beside a checked `Record`, with all its columns."""
+        return [parse_line(raw) if isinstance(raw, bytes) else raw for raw in self.raw]
+
 
 def read_chunks(source: Source) -> Iterator[Chunk]:
     """Read a source piece by piece, in bounded memory.

@@ -103,28 +103,48 @@ def _unshape_gradient(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
 
 
 class TokenScores(NamedTuple):
-    """What the model thinks of the right next tokens, row by row."""
+    """What a model thinks of the right next tokens, row by row."""
 
     nll: Float[Tensor, " N"]  # negative log-likelihood of the label, nats; 0 where the label is -100
     top1: Int[Tensor, " N"]  # the likeliest token
+    rank: Int[Tensor, " N"] | None  # 1 + the tokens with a higher logit than the label; 0 where the label is -100
 
 
 @torch.no_grad()
 def linear_token_scores(
-    hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"] | Head, labels: Int[Tensor, " N"]
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"] | Head,
+    labels: Int[Tensor, " N"],
+    *,
+    ranks: bool = False,
 ) -> TokenScores:
-    """Per-token loss and most likely token, without holding the logits; for evaluation and for scoring data."""
-    head = Head.of(head)
-    nll = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    """Per-token loss, likeliest token and, if asked for, the label's rank, without holding the logits.
+
+    Args:
+        hidden: the head's input.
+        head: its weight, or a `Head` with bias, scale and soft-cap.
+        labels: already aligned with the rows (shifted); -100 = none.
+
+    Raises:
+        ValueError: not one label for each row.
+    """
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels have shape {list(labels.shape)} but there are {hidden.shape[0]} rows")
+    head = Head.of(head).prepared(hidden)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    nll = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
     top1 = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
-    head = head.prepared(hidden)
+    rank = torch.zeros_like(top1) if ranks else None
     size = chunk_rows(head.weight.shape[0], hidden.device.type)
     for start in range(0, hidden.shape[0], size):
         rows = slice(start, start + size)
-        logits = project(hidden[rows], head)
-        nll[rows] = F.cross_entropy(logits, labels[rows], ignore_index=IGNORE_INDEX, reduction="none").float()
+        logits, label = project(hidden[rows], head), labels[rows]
+        nll[rows] = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="none").to(wide)
         top1[rows] = logits.argmax(-1)
-    return TokenScores(nll, top1)
+        if rank is not None:
+            higher = (logits > logits.gather(1, label.clamp_min(0)[:, None])).sum(1)
+            rank[rows] = (1 + higher).masked_fill(label == IGNORE_INDEX, 0)
+    return TokenScores(nll, top1, rank)
 
 
 # (student's logits, teacher's logits | None, labels, with_gradient)

@@ -1,6 +1,8 @@
 """InstructionModule: a student and its steps. One hook to override: `losses(batch)`."""
 
+import re
 import time
+import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, cast
@@ -23,14 +25,16 @@ from lightning_itk.batch import (
     real_tokens,
     response_rows,
 )
+from lightning_itk.hub import load_tokenizer
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_gradients
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints, plain_hparams, rng_states, set_rng_state
+from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
-from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm, load_tokenizer
+from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
 from lightning_itk.trainer import datamodule, replica
 
 
@@ -178,17 +182,16 @@ class InstructionModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[int, str]]:
         """The student's greedy answers to prompts: (sample id, text), padding left out."""
-        tokenizer = datamodule(self.trainer).tokenizer or self.tokenizer
-        ids, mask = left_padded(batch)
-        generate = base_causal_lm(self.student).generate
-        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        answers = generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False,
-            eos_token_id=end, pad_token_id=end if pad is None else pad,
-        )  # fmt: skip
-        texts = tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True)
+        data = datamodule(self.trainer)
+        generator = Generator(
+            base_causal_lm(self.student),
+            data.tokenizer or self.tokenizer,
+            stops=data.encoder.stop_tokens() if data.encoder else (),
+            max_new_tokens=self.max_new_tokens,
+        )
+        answers = generator.complete(*left_padded(batch))
         samples = batch["sample_ids"].amax(1).tolist()
-        return [(sample, text) for sample, text in zip(samples, texts, strict=True) if sample >= 0]
+        return [(sample, answer.text) for sample, answer in zip(samples, answers, strict=True) if sample >= 0]
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         batch = cast(Batch, self.forward_pass(batch))
@@ -308,6 +311,9 @@ class InstructionModule(L.LightningModule):
 
     def _log_metrics(self) -> None:
         for name, metric in self._metrics.items():
+            # Metrics have been summed over the ranks; Lightning, which cannot know, recommends to do it.
+            advice = re.escape(f"It is recommended to use `self.log({name!r}, ..., sync_dist=True)`")
+            warnings.filterwarnings("ignore", message=advice)
             self.log(name, metric.compute(), prog_bar=name == "val/loss")
         self._metrics.clear()
 

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_itk.attention.capture import AttentionTap, LayerAttention, install
 from lightning_itk.batch import Batch, ResponseRows, response_rows, select
+from lightning_itk.hub import first_difference, load_tokenizer
 from lightning_itk.losses.chunked import Head
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 from lightning_itk.models.hidden import check_head, hidden_states
-from lightning_itk.models.loading import DType, first_difference, load_causal_lm, load_tokenizer
+from lightning_itk.models.loading import DType, load_causal_lm
 
 
 class TeacherOutput(NamedTuple):

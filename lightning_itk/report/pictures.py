@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_itk.files import atomic_write
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -29,16 +31,10 @@ def figure(width: float = 6, height: float = 4, columns: int = 1) -> "Figure":
 
 
 def save(made: "Figure", path: str | Path) -> Path:
-    """Write a figure as PNG, under a temporary name until it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        made.savefig(temporary, dpi=150, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write a figure as PNG, complete or not at all."""
+    with atomic_write(path) as file:
+        made.savefig(file, dpi=150, format="png")
+    return Path(path)
 
 
 def draw_selection(

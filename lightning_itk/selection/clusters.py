@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_itk.files import atomic_write
+
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 MINI_BATCH_ABOVE = 100_000
 """From this many embeddings on, k-means goes through mini-batches: full k-means takes samples x clusters each pass."""
@@ -136,12 +138,6 @@ def write_clusters(path: str | Path, record: ArrayLike, label: ArrayLike, finger
     if numbers.ndim != 1 or numbers.shape != labels.shape:
         raise ValueError(f"one cluster per record is needed, found shapes {numbers.shape} and {labels.shape}")
     table = pa.table({"record": numbers, "cluster": labels})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        noted = json.dumps({"fingerprint": fingerprint, "clusters": len(np.unique(labels))})
-        pq.write_table(table.replace_schema_metadata({"itk": noted}), temporary, compression="zstd")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    noted = json.dumps({"fingerprint": fingerprint, "clusters": len(np.unique(labels))})
+    with atomic_write(path) as file:
+        pq.write_table(table.replace_schema_metadata({"itk": noted}), file, compression="zstd")

@@ -9,7 +9,6 @@ adding an epoch go through the file in batches.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
+
+from lightning_itk.files import atomic_write
 
 FORMAT = 1
 METADATA_KEY = b"itk"
@@ -67,7 +68,7 @@ def write_scores(
         raise ValueError("the metadata of scores must name the fingerprint of the records")
     dtype = losses.dtype if losses.dtype == np.float64 else np.dtype(np.float32)
     schema = _schema(len(losses), pa.from_numpy_dtype(dtype), meta)
-    with _replacing(path, schema) as writer:
+    with _writer(path, schema) as writer:
         for rows in _slices(len(record)):
             columns = [record[rows], tokens[rows], *(_losses(epoch[rows], dtype, path) for epoch in losses)]
             writer.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=schema))
@@ -99,7 +100,7 @@ def append_epoch(
             raise ValueError(f"{path}: covers {old['epochs']} epochs, so the next is not epoch {epoch}")
         column = file.schema_arrow.field("loss_0").type
         schema = _schema(old["epochs"] + 2, column, {**old, **(meta or {})})
-        with _replacing(path, schema) as writer:
+        with _writer(path, schema) as writer:
             start = 0
             for batch in file.iter_batches(_ROWS, columns=schema.names[:-1]):
                 new = _losses(losses[start : start + len(batch)], np.dtype(column.to_pandas_dtype()), path)
@@ -174,30 +175,15 @@ def _schema(losses: int, dtype: pa.DataType, meta: Mapping[str, Any]) -> pa.Sche
 
 
 @contextmanager
-def _replacing(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer of a temporary neighbour that takes the name `path` once it is complete and on disk."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Record numbers count up, losses never repeat: deltas for the former, byte planes for the latter.
-        encoding = {
-            name: "DELTA_BINARY_PACKED" if name in ("record", "tokens") else "BYTE_STREAM_SPLIT"
-            for name in schema.names
-        }
-        with (
-            temporary.open("wb") as sink,
-            pq.ParquetWriter(
-                sink, schema, compression="zstd", use_dictionary=False, column_encoding=encoding
-            ) as writer,
-        ):
-            yield writer
-            writer.close()
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _writer(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer of a file that appears complete or not at all."""
+    # Record numbers count up, losses never repeat: deltas for the former, byte planes for the latter.
+    encoding = {
+        name: "DELTA_BINARY_PACKED" if name in ("record", "tokens") else "BYTE_STREAM_SPLIT" for name in schema.names
+    }
+    options = {"compression": "zstd", "use_dictionary": False, "column_encoding": encoding}
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
+        yield writer
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import logging
 import random
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,9 +58,7 @@ def quiet() -> Iterator[None]:
         transformers_logging.disable_progress_bar()
         shared.quiet = True
         torch.set_num_threads(min(2, threads))  # more threads than that only wait for each other on models so small
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         lightning.setLevel(levels[0])
         own.setLevel(levels[1])

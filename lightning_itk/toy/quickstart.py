@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lightning_itk.data.module import InstructionDataModule, Sources
 from lightning_itk.data.sources import Source
 from lightning_itk.data.subset import Subset
+from lightning_itk.files import atomic_write
 from lightning_itk.methods.dae import DAEModule
 from lightning_itk.methods.distillation import AttentionLoss
 from lightning_itk.methods.kd import KDModule
@@ -24,6 +26,7 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.methods.sft import SFTModule
 from lightning_itk.metrics import ExactMatch
 from lightning_itk.models.export import export
+from lightning_itk.models.generation import Generator
 from lightning_itk.recorder import ResponseLossRecorder
 from lightning_itk.report.pictures import markdown_table
 from lightning_itk.toy import world as toy
@@ -237,8 +240,12 @@ class _Run:
         self.show("Learning percentage: which third of general to train on", lp_head, lp_rows)
         self.say(selection["verdict"])
         tables = markdown_table(head, rows), NOISE + "\n", markdown_table(lp_head, lp_rows), selection["verdict"]
-        _write(self.output / "results.json", json.dumps(self.results, indent=2) + "\n")
-        _write(self.output / "results.md", "# Quickstart\n\n" + "\n".join(tables) + "\n")
+        for name, text in {
+            "results.json": json.dumps(self.results, indent=2),
+            "results.md": "# Quickstart\n\n" + "\n".join(tables),
+        }.items():
+            with atomic_write(self.output / name) as file:
+                file.write(f"{text}\n".encode())
         question = self.questions["shop"][0].instruction
         self.console.print(f"\nThe DAE student is in {self.output / 'student'}; plain transformers reads it:")
         self.console.print(f"  {question} -> {ask(self.output / 'student', question)}", highlight=False)
@@ -270,28 +277,14 @@ def verdict(rows: dict[str, dict[str, float]]) -> str:
     return f"Choosing the lowest third of LP instead of {len(random_thirds)} random ones {' and '.join(parts)}."
 
 
-@torch.no_grad()
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 24
 ) -> list[str]:
-    """Greedy answers to prompts, batched and padded on the left."""
-    was_training = model.training
-    model.eval()
-    answers: list[str] = []
-    for start in range(0, len(prompts), 2 * BATCH_SIZE):
-        inputs = tokenizer(
-            list(prompts[start : start + 2 * BATCH_SIZE]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_token_type_ids=False,
-        )
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
-        new = output[:, inputs["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new, skip_special_tokens=True)
-    model.train(was_training)
-    return answers
+    """Greedy answers to prompts."""
+    generator = Generator(model, tokenizer, max_new_tokens=max_new_tokens)
+    ids = [np.array(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    batches = (ids[start : start + 2 * BATCH_SIZE] for start in range(0, len(ids), 2 * BATCH_SIZE))
+    return [response.text for batch in batches for response in generator.answer(batch)]
 
 
 def ask(folder: Path, question: str) -> str:
@@ -299,14 +292,8 @@ def ask(folder: Path, question: str) -> str:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return answer(model, tokenizer, [str(prompt)])[0].strip()
+    return answer(model, tokenizer, [str(prompt)])[0]
 
 
 def _cells(*figures: dict[str, float]) -> list[str]:
     return [cell for f in figures for cell in (f"{f['loss']:.3f}", f"{f['exact_match']:.1%}")]
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

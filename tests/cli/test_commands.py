@@ -22,8 +22,8 @@ import lightning_itk as itk
 from lightning_itk import cli
 from lightning_itk.batch import Sample, model_inputs, next_token_labels, pad
 from lightning_itk.choice.rewards import RewardModel
-from lightning_itk.cli import commands
-from lightning_itk.cli.chosen import scan
+from lightning_itk.cli import select as select_command
+from lightning_itk.cli.records import index_records
 from lightning_itk.data import InstructionDataModule
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.sources import Source
@@ -58,7 +58,7 @@ def scored(tmp_path: Path) -> Path:
     losses = np.stack([np.full(38, 2.0), 2.0 - record / 40])
     tokens = record + 2
     losses[:, 0], tokens[0] = np.nan, 0
-    fingerprint = scan([Source(str(tmp_path / "data.jsonl"))]).fingerprint
+    fingerprint = index_records([Source(str(tmp_path / "data.jsonl"))]).fingerprint
     meta = {"fingerprint": fingerprint, "model": "opt-350m"}
     write_scores(tmp_path / "scores.parquet", record, tokens, losses, meta)
     return tmp_path
@@ -77,7 +77,7 @@ def test_fingerprint_is_the_data_modules(tmp_path):
     data = InstructionDataModule(files, tokenizer=byte_tokenizer(), max_length=40, num_proc=1, cache_dir=str(tmp_path))
     data.prepare_data()
     data.setup("fit")
-    found = scan([Source(path) for path in files])
+    found = index_records([Source(path) for path in files])
     assert (found.fingerprint, found.count, found.source) == (data.fingerprint, 40, [9, 31])
 
 
@@ -124,7 +124,7 @@ def test_select_makes_clusters_and_keeps_them(scored, monkeypatch, count):
         texts.extend(given)
         return np.random.default_rng(0).normal(size=(len(given), 4)).astype(np.float32)
 
-    monkeypatch.setattr(commands, "embed", embed)
+    monkeypatch.setattr(select_command, "embed", embed)
     assert cli.main(select(scored, "--clusters", count, "--fraction", 0.3)) == 0
     assert len(texts) == 37
     assert texts[0] == clusters.cluster_text("Frage 1 ä", "xx")

@@ -365,3 +365,35 @@ def test_triton_where_it_cannot_run_says_why():
     assert resolve_impl("auto", h) == "torch"
     with pytest.raises(RuntimeError, match="impl='triton' cannot run here"):
         linear_kl_divergence(h, w, ht, wt, labels, impl="triton")
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 101, 2**24])
+def test_loss_top1_and_rank_of_labels(chunk, monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(41, 16, dtype=torch.float64), torch.randn(101, 16, dtype=torch.float64)
+    labels = torch.randint(0, 101, (41,))
+    labels[::5] = -100
+    logits = hidden @ head.T
+    kept = labels != -100
+    order = logits.argsort(-1, descending=True)
+    nll, top1, rank = linear_token_scores(hidden, head, labels, ranks=True)
+    torch.testing.assert_close(nll[kept], -logits.log_softmax(-1)[kept, labels[kept]])
+    assert top1.equal(order[:, 0])
+    assert rank[kept].equal((order[kept] == labels[kept, None]).long().argmax(1) + 1)
+    assert not nll[~kept].any()
+    assert not rank[~kept].any()
+    assert linear_token_scores(hidden, head, labels).rank is None
+
+
+def test_scores_of_ties_ignored_rows_and_bf16():
+    nll, _, rank = linear_token_scores(torch.randn(3, 5), torch.randn(4, 5), torch.full((3,), -100), ranks=True)
+    assert not nll.any()
+    assert not rank.any()
+    head = torch.tensor([[1000.0], [0], [1000]], dtype=torch.bfloat16)
+    nll, _, rank = linear_token_scores(torch.ones(1, 1, dtype=torch.bfloat16), head, torch.tensor([2]), ranks=True)
+    assert nll.dtype == torch.float32
+    assert rank.tolist() == [1]
+    assert nll.item() == pytest.approx(0.6931472)
+    with pytest.raises(ValueError, match=r"labels have shape \[4\] but there are 3 rows"):
+        linear_token_scores(torch.zeros(3, 5), torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))

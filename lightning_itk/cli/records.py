@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_itk.data.records import DataError, Fingerprint, Message, Record, joint_fingerprint, parse_line
+from lightning_itk.data.records import DataError, Fingerprint, Message, Record, joint_fingerprint
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
-from lightning_itk.files import replacing
+from lightning_itk.files import atomic_write
 from lightning_itk.selection.clusters import cluster_text
 
 
 @dataclass
-class Records:
+class RecordIndex:
     """What one pass over the records of some sources found."""
 
     count: int = 0
@@ -28,7 +28,7 @@ class Records:
     kept: list[Any] = field(default_factory=list)  # what `keep` made of each record
 
 
-def scan(sources: Sequence[Source], keep: Callable[[Record, Any], Any] | None = None) -> Records:
+def index_records(sources: Sequence[Source], keep: Callable[[Record, Any], Any] | None = None) -> RecordIndex:
     """Read all records, check them, and take their fingerprint: that of a data module with the same sources.
 
     Args:
@@ -38,7 +38,7 @@ def scan(sources: Sequence[Source], keep: Callable[[Record, Any], Any] | None = 
     Raises:
         DataError: as for training.
     """
-    found, fingerprints = Records(), []
+    found, fingerprints = RecordIndex(), []
     for source in sources:
         fingerprint, before = Fingerprint(), found.count
         for chunk in read_chunks(source):
@@ -46,7 +46,7 @@ def scan(sources: Sequence[Source], keep: Callable[[Record, Any], Any] | None = 
             fingerprint.add(b"".join(record.digest() for record in records))
             found.count += len(records)
             if keep is not None:
-                found.kept += [keep(r, _parsed(raw)) for r, raw in zip(records, chunk.raw, strict=True)]
+                found.kept += map(keep, records, chunk.objects())
         fingerprints.append(fingerprint)
         found.source.append(found.count - before)
     found.fingerprint = joint_fingerprint(fingerprints)
@@ -76,7 +76,7 @@ def check_output(path: str | Path, sources: Sequence[Source]) -> None:
             raise DataError(f"{path}: is the data itself, write the chosen records to another file")
 
 
-def write_chosen(path: str | Path, sources: Sequence[Source], chosen: ArrayLike) -> None:
+def write_records(path: str | Path, sources: Sequence[Source], chosen: ArrayLike) -> None:
     """Write records as JSON Lines, as they were read and in their order; complete or not at all.
 
     Args:
@@ -88,7 +88,7 @@ def write_chosen(path: str | Path, sources: Sequence[Source], chosen: ArrayLike)
         ValueError: the file cannot be written.
     """
     wanted: NDArray[np.int64] = np.unique(np.asarray(chosen, np.int64))
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         first = 0
         for source in sources:
             read = 0
@@ -99,10 +99,6 @@ def write_chosen(path: str | Path, sources: Sequence[Source], chosen: ArrayLike)
                     file.write(_line(chunk.raw[number - start]))
                 read += len(chunk.raw)
             first += read
-
-
-def _parsed(raw: Any) -> Any:
-    return parse_line(raw) if isinstance(raw, bytes) else raw
 
 
 def _line(raw: Any) -> bytes:

@@ -10,16 +10,10 @@ from tiny import byte_tokenizer, tiny_model
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.records import DataError
 from lightning_itk.data.sources import Source, read
-from lightning_itk.models.generation import (
-    Generator,
-    Response,
-    answered,
-    generate,
-    prompts_fingerprint,
-    read_prompts,
-    stop_tokens,
-)
+from lightning_itk.evaluation.responses import answered, prompt_ids, prompts_fingerprint, read_prompts, write_responses
+from lightning_itk.models.generation import Generator, Response
 
+ENCODER = ChatEncoder(byte_tokenizer())
 RECORDS = [{"prompt": "q" * (1 + 7 * i % 11), "note": i} for i in range(7)]
 
 
@@ -29,7 +23,7 @@ def model():
 
 
 def generator(model, **options) -> Generator:
-    return Generator(model, byte_tokenizer(), **{"max_new_tokens": 6, **options})
+    return Generator(model, byte_tokenizer(), stops=ENCODER.stop_tokens(), **{"max_new_tokens": 6, **options})
 
 
 def write(path: Path, records=RECORDS) -> Source:
@@ -47,7 +41,7 @@ def by_hand(model, ids, new: int) -> list[int]:
 
 def test_answers_are_the_models_own_whatever_the_batch(model, tmp_path):
     made, prompts = generator(model), read_prompts(write(tmp_path / "p.jsonl"))
-    ids = made.prompt_ids(prompts)
+    ids = prompt_ids(ENCODER, prompts, made)
     assert made.tokenizer.decode(ids[0]) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     together, alone = made.answer(ids), [made.answer([prompt])[0] for prompt in ids]
     assert together == alone
@@ -69,7 +63,7 @@ def test_an_answer_ends_at_the_templates_stop_token(model):
     tokenizer = byte_tokenizer(("<eos>",))
     encoder = ChatEncoder(tokenizer)
     tokenizer.eos_token = "<eos>"  # the template goes on writing <|im_end|>
-    assert stop_tokens(model, tokenizer, encoder) == [2, len(tokenizer) - 1]
+    assert Generator(model, tokenizer, stops=encoder.stop_tokens()).stops == [2, len(tokenizer) - 1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -77,7 +71,7 @@ def test_a_killed_run_continues(model, tmp_path, temperature):
     source, made = write(tmp_path / "p.jsonl"), generator(model, temperature=temperature, seed=3)
     prompts, settings = read_prompts(source), {"temperature": temperature}
     whole = tmp_path / "whole.jsonl"
-    generate(made, source, prompts, whole, settings, teacher="t", batch_size=2)
+    write_responses(made, ENCODER, source, prompts, whole, settings, teacher="t", batch_size=2)
     assert [json.loads(line)["record"] for line in whole.read_text().splitlines()] == list(range(7))
     assert not (tmp_path / "whole.jsonl.partial").exists()
 
@@ -88,7 +82,7 @@ def test_a_killed_run_continues(model, tmp_path, temperature):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(made, source, prompts, output, settings, teacher="t", batch_size=2, progress=kill)
+        write_responses(made, ENCODER, source, prompts, output, settings, teacher="t", batch_size=2, progress=kill)
     assert not output.exists()
     assert len(partial.read_bytes().splitlines()) == 5
     partial.write_bytes(partial.read_bytes()[:-9])  # the last line is half written
@@ -96,17 +90,17 @@ def test_a_killed_run_continues(model, tmp_path, temperature):
     answer = made.answer
     made.answer = lambda ids, number=0: asked.append(number) or answer(ids, number)
     with pytest.raises(ValueError, match=r"begun with temperature .*, now it is 0.5: use the same settings"):
-        generate(made, source, prompts, output, {"temperature": 0.5}, teacher="t", batch_size=2)
-    generate(made, source, prompts, output, settings, teacher="t", batch_size=2)
+        write_responses(made, ENCODER, source, prompts, output, {"temperature": 0.5}, teacher="t", batch_size=2)
+    write_responses(made, ENCODER, source, prompts, output, settings, teacher="t", batch_size=2)
     assert asked == [1, 2, 3]
     assert output.read_bytes() == whole.read_bytes()
     assert not partial.exists()
     with pytest.raises(ValueError, match=r"out\.jsonl: exists already"):
-        generate(made, source, prompts, output, settings, teacher="t")
+        write_responses(made, ENCODER, source, prompts, output, settings, teacher="t")
     partial.write_text("something else\n")
     output.unlink()
     with pytest.raises(ValueError, match="no unfinished output of this command"):
-        generate(made, source, prompts, output, settings, teacher="t")
+        write_responses(made, ENCODER, source, prompts, output, settings, teacher="t")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +140,7 @@ def test_prompts_and_their_limit(model, tmp_path):
     assert prompts_fingerprint(read_prompts(source, 2)) != prompts_fingerprint(read_prompts(source))
     long = read_prompts(write(tmp_path / "long.jsonl", [{"prompt": "q"}, {"prompt": "q" * 120}]))
     with pytest.raises(DataError, match=r"long\.jsonl line 2: 139 prompt tokens and 6 new ones are more than the 128"):
-        generator(model).prompt_ids(long)
+        prompt_ids(ENCODER, long, generator(model))
     for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be at least 1, temperature and seed not negative"):
             generator(model, **wrong)

@@ -1,0 +1,39 @@
+"""`export`: a checkpoint as a Hugging Face folder."""
+
+from rich.console import Console
+
+from lightning_itk.data.chat import ensure_chat_template
+from lightning_itk.data.module import read_template
+from lightning_itk.hub import load_tokenizer
+from lightning_itk.models.export import export, load_student
+from lightning_itk.models.loading import DType
+
+
+def export_checkpoint(
+    ckpt: str,
+    output: str,
+    student: str | None = None,
+    tokenizer: str | None = None,
+    dtype: DType = "auto",
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Turn a checkpoint of a training run into a Hugging Face folder: weights (adapters merged), tokenizer, template.
+
+    No teacher is loaded, and nothing in the checkpoint is executed.
+
+    Args:
+        ckpt: Checkpoint file of any module of this kit.
+        output: Folder to write; one that exists is replaced.
+        student: The folder or hub name that training began with; null = what the checkpoint says.
+        tokenizer: Folder or hub name of the tokenizer; null = the student's.
+        dtype: Precision of the saved weights; auto = as they were trained.
+        chat_template: The Jinja chat template of the data module, or a file that holds it; null = the tokenizer's,
+            else the Alpaca prompt.
+        trust_remote_code: Run code that comes with the student.
+    """
+    trained = load_student(ckpt, student, trust_remote_code=trust_remote_code)
+    words = load_tokenizer(tokenizer or trained.name, trust_remote_code=trust_remote_code)
+    ensure_chat_template(words, read_template(chat_template))
+    export(trained.model, words, output, dtype=dtype)
+    Console().print(f"wrote {output} (step {trained.step:,})", soft_wrap=True, highlight=False)

@@ -1,0 +1,82 @@
+"""`generate`: write a model's responses to prompts."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_itk.cli.console import device_of, one_source, progress_bar
+from lightning_itk.data.chat import ChatEncoder
+from lightning_itk.data.module import read_template
+from lightning_itk.data.sources import Sources
+from lightning_itk.evaluation.responses import prompts_fingerprint, read_prompts, write_responses
+from lightning_itk.hub import load_tokenizer
+from lightning_itk.models.generation import Generator
+from lightning_itk.models.loading import DType, load_causal_lm
+
+
+def generate_responses(
+    model: str,
+    prompts: Sources,
+    output: str,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: DType = "auto",
+    limit: int | None = None,
+    teacher: str | None = None,
+    chat_template: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a model's responses to prompts: training data, or a candidate teacher for `choose-teacher`.
+
+    A run that is killed continues where it stopped when it is started again with the same settings.
+
+    Args:
+        model: Folder or hub name of the model, with its tokenizer.
+        prompts: File or hub name of the prompts; responses in it are ignored.
+        output: JSON Lines file to write: the prompts' columns, response, teacher, and whether the model ended it.
+        max_new_tokens: Longest response.
+        batch_size: Prompts at once, of similar length.
+        temperature: 0 takes the likeliest token each time; 1 draws from the model's own distribution.
+        seed: Of drawing.
+        dtype: Precision of the weights; auto keeps the model's.
+        limit: Answer only so many prompts, the first; null = all.
+        teacher: Tag of the records; null = the name of the model.
+        chat_template: A Jinja chat template or a file that holds one; null = the tokenizer's, else the Alpaca prompt.
+        device: Where to run; auto = a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size and limit must be at least 1, found {batch_size} and {limit}")
+    source, console = one_source(prompts, "prompts"), Console()
+    if Path(output).exists():
+        raise ValueError(f"{output}: exists already, remove it or name another file")
+    found = read_prompts(source, limit)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    encoder = ChatEncoder(tokenizer, read_template(chat_template))
+    loaded = load_causal_lm(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded.to(device_of(device))  # type: ignore[arg-type]
+    drawing = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens}
+    generator = Generator(loaded, tokenizer, stops=encoder.stop_tokens(), **drawing)  # type: ignore[arg-type]
+    name = teacher or Path(model).name
+    settings: dict[str, Any] = drawing | {
+        "model": model,
+        "dtype": str(loaded.dtype),
+        "batch_size": batch_size,
+        "prompts": prompts_fingerprint(found),
+        "template": encoder.fingerprint(),
+        "teacher": name,
+    }
+    with progress_bar("generating", len(found)) as advance:
+        records = write_responses(
+            generator, encoder, source, found, output, settings, teacher=name, batch_size=batch_size, progress=advance
+        )
+    texts = [record["response"] if "response" in record else record["messages"][-1]["content"] for record in records]
+    cut = sum(not record["finished"] for record in records)
+    empty = sum(not text.strip() for text in texts)
+    console.print(f"wrote {len(records):,} responses to {output}", soft_wrap=True, highlight=False)
+    if cut or empty:
+        console.print(f"{cut:,} were cut off at max_new_tokens={max_new_tokens}, {empty:,} are empty", soft_wrap=True)

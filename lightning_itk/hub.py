@@ -1,0 +1,48 @@
+"""What is read by folder or hub name: folders that must exist, tokenizers, what they differ in."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained` with a one-line error."""
+    check_folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
+
+
+def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """How two tokenizers differ, at the first token id where they do; None when they agree on every common token.
+
+    A longer padded vocabulary is not a difference: only ids that carry a token in both are compared, and one
+    tokenizer's tokens must be a prefix of the other's.
+    """
+    names = [{index: token for token, index in t.get_vocab().items()} for t in (a, b)]
+    for index in sorted(names[0].keys() & names[1].keys()):
+        if names[0][index] != names[1][index]:
+            return f"token {index} is {names[0][index]!r} in one and {names[1][index]!r} in the other"
+    for mine, other in (names, names[::-1]):
+        extra = sorted(mine.keys() - other.keys())
+        if extra and extra[0] < max(other):
+            return f"token {extra[0]} ({mine[extra[0]]!r}) exists in only one of them"
+    probe = "Hello, wörld!  1234\n\tdef f(x): return x"
+    ids = [t(probe, add_special_tokens=False)["input_ids"] for t in (a, b)]
+    if ids[0] != ids[1]:
+        return f"they share a vocabulary but split {probe!r} into {ids[0][:8]}… and {ids[1][:8]}…"
+    return None
+
+
+def check_folder(name: str) -> None:
+    """Refuse what looks like a folder and does not exist, before it is taken for a hub name."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().exists():
+        raise ValueError(f"folder {name!r} does not exist")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
