@@ -72,17 +72,10 @@ class Bench:
         self.settings = settings
         self.repeats = settings.samples
 
-    def rate(
-        self, what: str, provider: str, unit: str, action: Callable[[], Any], wall: bool = False, **shape: Any
-    ) -> None:
+    def rate(self, what: str, key: str, unit: str, action: Callable[[], Any], wall: bool = False, **shape: Any) -> None:
         """`action` returns how many units it did, or (units, more columns). Processor time, or `wall` time."""
         seconds = time.perf_counter if wall else time.process_time
-        row = {
-            "subject": "data_path",
-            "provider": provider,
-            "mode": what,
-            "shape": {"what": what, **shape},
-        }
+        row = {"subject": "data_path", "provider": key, "mode": what, "shape": {"what": what, **shape}}
         if self.settings.over:
             self.settings.add(**row, status="skipped", reason="time budget")
             return
@@ -137,10 +130,10 @@ def tokenization(bench: Bench, path: str, data: str, tokenizer: PreTrainedTokeni
 
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for everybody
-    bench.rate("tokenize", "bare tokenizer on finished texts", "tokens", bare, **shape)
-    bench.rate("tokenize", "apply_chat_template, record by record", "tokens", template, **shape)
-    bench.rate("tokenize", "lightning_itk, one process", "tokens", lambda: whole(1), **shape)
-    bench.rate("tokenize", "lightning_itk, all cores (wall time)", "tokens", lambda: whole(None), True, **shape)
+    bench.rate("tokenize", "tokenizer", "tokens", bare, **shape)
+    bench.rate("tokenize", "template", "tokens", template, **shape)
+    bench.rate("tokenize", "kit-process", "tokens", lambda: whole(1), **shape)
+    bench.rate("tokenize", "kit-processes", "tokens", lambda: whole(None), True, **shape)
     os.environ.pop("TOKENIZERS_PARALLELISM")
     if threads is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = threads
@@ -186,12 +179,10 @@ def packing(bench: Bench, count: int, max_length: int) -> None:
         packed = pack_dataset(rows, max_length, strategy="bfd", map_kwargs={"batch_size": count})
         return filled(len(packed))
 
-    bench.rate(
-        "pack", "lightning_itk best fit", "samples", lambda: filled(len(best_fit(lengths, max_length)[1]) - 1), **shape
-    )
-    bench.rate("pack", "TRL bfd (moves the tokens too)", "samples", trl, **shape)
-    bench.rate("pack", "first fit", "samples", first_fit, **shape)
-    bench.rate("pack", "in order, no search", "samples", in_order, **shape)
+    bench.rate("pack", "kit-best-fit", "samples", lambda: filled(len(best_fit(lengths, max_length)[1]) - 1), **shape)
+    bench.rate("pack", "trl-pack", "samples", trl, **shape)
+    bench.rate("pack", "first-fit", "samples", first_fit, **shape)
+    bench.rate("pack", "in-order", "samples", in_order, **shape)
 
 
 def loading(
@@ -218,8 +209,7 @@ def loading(
                 slots += batch["input_ids"].numel()
             return float(tokens), {"fill": tokens / slots}
 
-        name = "lightning_itk, packed" if packed else "lightning_itk, padded"
-        bench.rate("load", name, "tokens", through, data=data)
+        bench.rate("load", "kit-packed" if packed else "kit-padded", "tokens", through, data=data)
     samples = module.train_dataloader().samples
     rows = [
         {"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()}
@@ -241,7 +231,7 @@ def loading(
             slots += batch["input_ids"].numel()
         return float(tokens), {"fill": tokens / slots}
 
-    bench.rate("load", "DataLoader with transformers' collator, lists in memory", "tokens", plain, data=data)
+    bench.rate("load", "loader", "tokens", plain, data=data)
 
 
 def choosing(bench: Bench, rows: int) -> None:
@@ -257,9 +247,9 @@ def choosing(bench: Bench, rows: int) -> None:
         np.argsort((losses[0] - losses[1]) / losses[0])[: rows // 10]
         return float(rows)
 
-    bench.rate("select", "lightning_itk", "rows", lambda: score_and_select(None), rows=rows)
-    bench.rate("select", "lightning_itk, 300 clusters", "rows", lambda: score_and_select(clusters), rows=rows)
-    bench.rate("select", "numpy argsort, no checks", "rows", sort_all, rows=rows)
+    bench.rate("select", "kit", "rows", lambda: score_and_select(None), rows=rows)
+    bench.rate("select", "kit-clusters", "rows", lambda: score_and_select(clusters), rows=rows)
+    bench.rate("select", "argsort", "rows", sort_all, rows=rows)
 
 
 def scoring(
@@ -297,9 +287,9 @@ def scoring(
 
     shape = {"data": data, "hidden": size.student["hidden_size"], "layers": size.student["num_hidden_layers"]}
     shape["vocab"] = size.vocab
-    bench.rate("score", "bare forward, no head", "tokens", bare, **shape)
-    bench.rate("score", "lightning_itk", "tokens", ours, **shape)
-    bench.rate("score", "eager: all logits, cross-entropy", "tokens", eager, **shape)
+    bench.rate("score", "forward", "tokens", bare, **shape)
+    bench.rate("score", "kit", "tokens", ours, **shape)
+    bench.rate("score", "eager-score", "tokens", eager, **shape)
 
 
 def run(settings: Settings) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
+from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.losses import linear_cross_entropy
@@ -71,8 +71,6 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
 
 
 def ours(problem: Problem, impl: str) -> Loss:
-    if impl == "triton" and not torch.cuda.is_available():
-        raise Unavailable("the Triton kernels need a GPU")
     return lambda x: linear_cross_entropy(x["hidden"], x["head"], x["labels"], impl=impl)  # type: ignore[arg-type]
 
 
@@ -96,20 +94,18 @@ def torch_linear(problem: Problem) -> Loss:
 def liger(problem: Problem) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    if not torch.cuda.is_available():
-        raise Unavailable("Liger's Triton kernels need a GPU")
     module = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda x: module(x["head"], x["hidden"], x["labels"])
 
 
-def providers(settings: Settings) -> dict[str, Provider]:
+def providers(settings: Settings) -> dict[str, Make]:
     return {
-        "lightning_itk triton": partial(ours, impl="triton"),
-        "lightning_itk torch": partial(ours, impl="torch"),
+        "triton": partial(ours, impl="triton"),
+        "torch": partial(ours, impl="torch"),
         "eager": eager_loss,
-        "torch linear_cross_entropy": torch_linear,
-        "liger fused linear CE": liger,
-        "torch.compile": partial(eager_loss, settings=settings),
+        "torch-ce": torch_linear,
+        "liger-ce": liger,
+        "compile": partial(eager_loss, settings=settings),
     }
 
 

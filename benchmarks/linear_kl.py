@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
+from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.losses import linear_kl_divergence
@@ -99,9 +99,6 @@ def options(problem: Problem) -> dict[str, Any]:
 
 
 def ours(problem: Problem, impl: str) -> Loss:
-    if impl == "triton" and not torch.cuda.is_available():
-        raise Unavailable("the Triton kernels need a GPU")
-
     def loss(x: Inputs) -> Tensor:
         models = x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
         return linear_kl_divergence(*models, x["labels"], impl=impl, **options(problem))  # type: ignore[arg-type]
@@ -149,8 +146,6 @@ def _liger_beta(problem: Problem) -> float:
 def liger_fused(problem: Problem) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    if not torch.cuda.is_available():
-        raise Unavailable("Liger's Triton kernels need a GPU")
     temperature = problem.shape["temperature"]
     module = LigerFusedLinearJSD(jsd_beta=_liger_beta(problem), temperature=temperature)
 
@@ -204,17 +199,15 @@ def orda(problem: Problem) -> Loss:
     return loss
 
 
-def providers(settings: Settings) -> dict[str, Provider]:
+def providers(settings: Settings) -> dict[str, Make]:
     return {
-        "lightning_itk triton": partial(ours, impl="triton"),
-        "lightning_itk torch": partial(ours, impl="torch"),
+        "triton": partial(ours, impl="triton"),
+        "torch": partial(ours, impl="torch"),
         "eager": eager_loss,
-        "liger fused linear JSD": liger_fused,
-        "orda-kernel" if settings.device == "cuda" else "orda-kernel (its torch form)": orda,
-        "torch.compile": partial(eager_loss, settings=settings),
-        "liger chunked JSD" if settings.device == "cuda" else "liger chunked JSD (not compiled)": partial(
-            liger_chunked, settings=settings
-        ),
+        "liger-jsd": liger_fused,
+        "orda": orda,
+        "compile": partial(eager_loss, settings=settings),
+        "chunked": partial(liger_chunked, settings=settings),
     }
 
 

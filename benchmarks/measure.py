@@ -1,11 +1,12 @@
 """How a number is made here: first the implementation must be right, then it is timed, then weighed.
 
-A `Problem` is one shape of one subject with its fp64 reference; a provider builds a function for it. `measure` checks
+A `Problem` is one shape of one subject with its fp64 reference; a provider makes a function for it. `measure` checks
 the function against the reference (value and every gradient), and only a right one gets times and memory. Everything
 that can go wrong (not installed, out of memory, an exception) becomes a row that says so.
 """
 
 import contextlib
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from machine import clock, copy_bandwidth, describe, flush_cache, gemm_rate
 from memory import peak_mib
+from providers import PROVIDERS
 from torch import Tensor
 
 Inputs = dict[str, Any]
@@ -58,7 +60,9 @@ class Problem:
     yardstick: Loss | None = None
 
 
-Provider = Callable[[Problem], Loss]
+Make = Callable[[Problem], Loss]
+Makers = Mapping[str, Make]
+"""How each provider is made in a subject, by its key."""
 
 
 @dataclass
@@ -74,7 +78,9 @@ class Settings:
     emit: Callable[[dict[str, Any]], None] = lambda row: None
 
     def add(self, **row: Any) -> None:
-        row = {**row, **describe(self.device)}
+        """A finished row; its provider is known by its key up to here and by its name from here on."""
+        shown = PROVIDERS[row["provider"]].name(self.device)
+        row = {**row, "provider": shown, **describe(self.device)}
         self.rows.append(row)
         self.emit(row)
 
@@ -135,11 +141,21 @@ class Truth:
         self.row_gradient = gradient.index_select(problem.row_axis, self.rows)
 
 
-def measure_all(problems: Iterable[Problem], providers: Mapping[str, Provider], settings: Settings) -> None:
+def measure_all(problems: Iterable[Problem], makers: Makers, settings: Settings) -> None:
     """All problems; what has to be compiled for minutes takes part where a problem says so."""
-    quick = {name: build for name, build in providers.items() if name not in ("torch.compile", "liger chunked JSD")}
+    quick = {key: make for key, make in makers.items() if settings.device not in PROVIDERS[key].compiles}
     for problem in problems:
-        measure(problem, providers if problem.compiled or settings.tiny else quick, settings)
+        measure(problem, makers if problem.compiled or settings.tiny else quick, settings)
+
+
+def made(key: str, make: Make, problem: Problem) -> Loss:
+    """The function of a provider that has what it needs here."""
+    provider = PROVIDERS[key]
+    if provider.package is not None:
+        importlib.import_module(provider.package.replace("-", "_"))
+    if provider.gpu is not None and not torch.cuda.is_available():
+        raise Unavailable(provider.gpu)
+    return make(problem)
 
 
 def check(loss: Loss, problem: Problem, truth: Truth) -> dict[str, Any]:
@@ -244,11 +260,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def measure(problem: Problem, providers: Mapping[str, Provider], settings: Settings) -> None:
+def measure(problem: Problem, makers: Makers, settings: Settings) -> None:
     """Rows of every provider and mode for one problem."""
     base = {"subject": problem.subject, "shape": problem.shape, "dtype": str(problem.dtype).removeprefix("torch.")}
     if settings.over:
-        settings.add(**base, provider="*", mode="*", status="skipped", reason="time budget")
+        settings.add(**base, provider="all", mode="*", status="skipped", reason="time budget")
         return
     truth = full = None
     with failures_as_rows(settings, {**base, "provider": "reference", "mode": "*"}):
@@ -262,13 +278,13 @@ def measure(problem: Problem, providers: Mapping[str, Provider], settings: Setti
         with failures_as_rows(settings, {**base, "provider": "yardstick", "mode": "forward+backward"}):
             yard = quantiles(sample_ms(lambda: problem.yardstick(full), settings))  # type: ignore[misc]
             settings.add(**base, provider="yardstick", mode="forward+backward", status="ok", **yard)
-    for name, build in providers.items():
-        row = {**base, "provider": name}
+    for key, make in makers.items():
+        row = {**base, "provider": key}
         if settings.over:
             settings.add(**row, mode="*", status="skipped", reason="time budget")
             continue
         with failures_as_rows(settings, {**row, "mode": "*"}):
-            loss = build(problem)
+            loss = made(key, make, problem)
             errors = check(loss, problem, truth)
             reason = wrong(errors, problem.dtype)
             if reason is not None:
@@ -281,16 +297,16 @@ def measure(problem: Problem, providers: Mapping[str, Provider], settings: Setti
                 step = call(loss, full, problem, mode)
                 with failures_as_rows(settings, {**row, "mode": mode, **errors}):
                     found = quantiles(sample_ms(step, settings))
-                    memory = peak_mib(step, settings.device) if visible_memory(name, settings.device) else None
+                    memory = peak_mib(step, settings.device) if visible_memory(key, settings.device) else None
                     extra = floor(problem, mode, found["ms"], settings.device)
                     if yard is not None and mode == "forward+backward":
                         extra["times_yardstick"] = found["ms"] / yard["ms"]
                     settings.add(**row, mode=mode, status="ok", **found, memory_mib=memory, **extra, **errors)
 
 
-def visible_memory(provider: str, device: str) -> bool:
+def visible_memory(key: str, device: str) -> bool:
     """On a CPU the counter sees the results of operators; a fused operator's insides would count as nothing."""
-    return device == "cuda" or not provider.startswith(("torch.compile", "torch linear_cross_entropy"))
+    return device == "cuda" or not PROVIDERS[key].fused
 
 
 def floor(problem: Problem, mode: str, ms: float, device: str) -> dict[str, float]:

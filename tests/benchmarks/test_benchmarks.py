@@ -15,6 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import linear_kl  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
+import providers  # noqa: E402
 import run  # noqa: E402
 
 SUBJECTS = list(run.SUBJECTS)
@@ -42,7 +43,7 @@ def test_subject_in_tiny_form(results, subject):
     rows = read(results(subject))
     bad = [(r["provider"], r["status"], r.get("reason")) for r in rows if r["status"] not in STATUSES]
     assert not bad
-    ours = [r for r in rows if r["status"] == "ok" and r["provider"].startswith("lightning_itk")]
+    ours = [r for r in rows if r["status"] == "ok" and providers.named(r["provider"]).ours]
     assert ours
     for row in rows:
         assert row["subject"].endswith(subject) or row["subject"].startswith(subject)
@@ -85,13 +86,22 @@ def test_tables_hold_every_subject(results, tmp_path):
     assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
 
 
-def rows_of(**providers) -> dict[str, list[dict]]:
-    settings = measure.Settings(samples=1, warmup=0, tiny=True)
-    measure.measure(linear_kl.problem(linear_kl.TINY[0], torch.float32, "cpu"), providers, settings)
-    return {name: [row for row in settings.rows if row["provider"] == name] for name in providers}
+@pytest.fixture
+def rows_of(monkeypatch):
+    """`rows_of(key=make, …)` -> the rows of each, in a tiny problem or in the one given."""
+
+    def measured(problem=None, **makers) -> dict[str, list[dict]]:
+        for key in makers:
+            monkeypatch.setitem(providers.PROVIDERS, key, providers.Provider(key, key))
+        settings = measure.Settings(samples=1, warmup=0, tiny=True)
+        problem = problem or linear_kl.problem(linear_kl.TINY[0], torch.float32, "cpu")
+        measure.measure(problem, makers, settings)
+        return {key: [row for row in settings.rows if row["provider"] == key] for key in makers}
+
+    return measured
 
 
-def test_a_wrong_implementation_gets_no_number():
+def test_a_wrong_implementation_gets_no_number(rows_of):
     right = linear_kl.eager_loss
 
     def changed(change):
@@ -115,7 +125,7 @@ def test_a_wrong_implementation_gets_no_number():
     assert found["gradient"][0]["reason"].startswith("gradient_error")
 
 
-def test_an_error_in_the_last_rows_of_the_full_size_is_seen(monkeypatch):
+def test_an_error_in_the_last_rows_of_the_full_size_is_seen(rows_of):
     shape = linear_kl.Shape(600, 8, 8, 50)
     problem = linear_kl.problem(shape, torch.float32, "cpu")
     right = linear_kl.eager_loss(problem)
@@ -125,13 +135,12 @@ def test_an_error_in_the_last_rows_of_the_full_size_is_seen(monkeypatch):
         kept["labels"][500:] = -100
         return right(kept)
 
-    settings = measure.Settings(samples=1, warmup=0, tiny=True)
-    measure.measure(problem, {"overflow": lambda _: loses_rows}, settings)
-    assert settings.rows[0]["status"] == "wrong"
-    assert settings.rows[0]["reason"].startswith("gradient_error_full")
+    row = rows_of(problem, overflow=lambda _: loses_rows)["overflow"][0]
+    assert row["status"] == "wrong"
+    assert row["reason"].startswith("gradient_error_full")
 
 
-def test_what_goes_wrong_becomes_a_row():
+def test_what_goes_wrong_becomes_a_row(rows_of):
     def missing(_):
         raise ImportError("No module named 'peer'")
 
@@ -218,6 +227,6 @@ def test_subject_in_tiny_form_on_a_gpu(subject):
 
     settings = measure.Settings(device="cuda", samples=2, warmup=1, tiny=True)
     importlib.import_module(subject).run(settings)
-    ours = [r for r in settings.rows if r["provider"].startswith("lightning_itk")]
+    ours = [r for r in settings.rows if providers.named(r["provider"]).ours]
     assert ours
     assert all(r["status"] == "ok" for r in ours), [(r["provider"], r.get("reason")) for r in ours]
