@@ -17,21 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from providers import named
 
 Row = dict[str, Any]
-COLOURS = {
-    "lightning_itk triton": "#c1272d",
-    "lightning_itk torch": "#e8838a",
-    "lightning_itk": "#c1272d",
-    "torch.compile": "#4c78a8",
-    "eager": "#8a8a8a",
-    "eager maps": "#8a8a8a",
-    "eager, TRL-style": "#8a8a8a",
-    "reference formulation": "#4c78a8",
-    "models alone": "#d8d8d8",
-    "bf16 logits, fp32 softmax": "#8a8a8a",
-    "bf16 scores, fp32 maps": "#8a8a8a",
-}
 OTHERS = ("#f0a43a", "#59a14f", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 
 
@@ -41,7 +29,7 @@ def read(path: Path) -> list[Row]:
 
 def _colours(providers: list[str]) -> dict[str, str]:
     others = iter(OTHERS * 9)
-    return {name: COLOURS.get(name) or next(others) for name in providers}
+    return {name: named(name).colour or next(others) for name in providers}
 
 
 def _unique(values: Any) -> list[Any]:
@@ -70,7 +58,7 @@ def accuracy(rows: list[Row]) -> Figure | None:
         colours = _colours(_unique(r["provider"] for r in own))
         for number, (name, colour) in enumerate(colours.items()):
             points = sorted((r["kl"], r["gradient_error"]) for r in own if r["provider"] == name)
-            width = 2.6 if name.startswith("lightning_itk") else 1.3
+            width = 2.6 if named(name).ours else 1.3
             style = {
                 "marker": "osD^v"[number % 5],
                 "markersize": 9 - 1.5 * number,
@@ -116,7 +104,7 @@ def _title(shape: dict[str, Any]) -> str:
 
 def kernels(rows: list[Row], subject: str) -> Figure | None:
     """Forward + backward of every shape: time (the floor as a line) above, incremental memory below."""
-    own = [r for r in rows if r["subject"] == subject and r["provider"] not in ("*", "reference", "yardstick")]
+    own = [r for r in rows if r["subject"] == subject and named(r["provider"]).role == "rival"]
     own = [r for r in own if r["mode"] in ("forward+backward", "*")]
     shapes = _unique(json.dumps(r["shape"]) for r in own if r["status"] == "ok")[:5]
     if not shapes:
@@ -145,7 +133,7 @@ def kernels(rows: list[Row], subject: str) -> Figure | None:
 
 def steps(rows: list[Row]) -> Figure | None:
     """Tokens per second and peak memory of whole training steps."""
-    own = [r for r in rows if r["subject"] == "training_step" and r["provider"] != "*"]
+    own = [r for r in rows if r["subject"] == "training_step" and named(r["provider"]).role != "nobody"]
     methods = _unique(r["shape"]["method"] for r in own)
     if not methods:
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pictures import read
+from providers import Provider, named
 
 Row = dict[str, Any]
 KERNELS = {
@@ -49,7 +50,7 @@ def missing(rows: list[Row]) -> Iterator[str]:
     """Who has no number, and why; once each."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        if row["status"] != "ok" and row["provider"] != "*":
+        if row["status"] != "ok" and named(row["provider"]).role != "nobody":
             names = reasons.setdefault(f"{row['status']}: {row.get('reason', '')}", [])
             names += [row["provider"]] if row["provider"] not in names else []
     for reason, names in reasons.items():
@@ -75,10 +76,10 @@ def accuracy(rows: list[Row]) -> Iterator[str]:
 
 
 def kernel(rows: list[Row], subject: str) -> Iterator[str]:
-    own = [r for r in rows if r["subject"] == subject and r["provider"] not in ("*", "reference")]
+    own = [r for r in rows if r["subject"] == subject]
     shapes: dict[str, dict[str, dict[str, Row]]] = {}  # shape -> provider -> mode
     for row in own:
-        if row["status"] == "ok" and row["provider"] != "yardstick":
+        if row["status"] == "ok" and named(row["provider"]).role == "rival":
             providers = shapes.setdefault(shape_name(row["shape"]), {})
             providers.setdefault(row["provider"], {})[row["mode"]] = row
     if not shapes:
@@ -87,15 +88,16 @@ def kernel(rows: list[Row], subject: str) -> Iterator[str]:
     yield ""
     head = ["shape", "by", "forward + backward, ms", "floor / time", "forward, ms", "eval, ms", "MiB", "gradient error"]
     lines = []
-    for shape, provider, found in ((s, p, modes) for s, of in shapes.items() for p, modes in of.items()):
-        both = found.get("forward+backward", {})
-        times = [found.get(mode, {}).get("ms") for mode in ("forward", "eval")]
-        spread = f" ({number(both['ms_p20'])} to {number(both['ms_p80'])})" if both else ""
-        lines.append(
-            [shape if provider == next(iter(shapes[shape])) else "", provider, number(both.get("ms")) + spread,
-             number(both.get("percent_of_floor"), " %"), *map(number, times), number(both.get("memory_mib")),
-             f"{both['gradient_error']:.0e}" if both else ""]
-        )  # fmt: skip
+    for shape, of in shapes.items():
+        for place, (provider, found) in enumerate(of.items()):
+            both = found.get("forward+backward", {})
+            times = [found.get(mode, {}).get("ms") for mode in ("forward", "eval")]
+            spread = f" ({number(both['ms_p20'])} to {number(both['ms_p80'])})" if both else ""
+            lines.append(
+                ["" if place else shape, provider, number(both.get("ms")) + spread,
+                 number(both.get("percent_of_floor"), " %"), *map(number, times), number(both.get("memory_mib")),
+                 f"{both['gradient_error']:.0e}" if both else ""]
+            )  # fmt: skip
     yield from table(head, lines)
     yield from missing(own)
 
@@ -163,15 +165,15 @@ def markdown(path: Path) -> str:
 def changes(before: Path, after: Path) -> str:
     """Forward + backward of what both files have, side by side."""
 
-    def measured(path: Path) -> dict[tuple[str, str, str], Row]:
+    def measured(path: Path) -> dict[tuple[str, str, Provider], Row]:
         rows = (r for r in read(path) if r["status"] == "ok" and r.get("mode") == "forward+backward")
-        return {(r["subject"], shape_name(r["shape"]), r["provider"]): r for r in rows}
+        return {(r["subject"], shape_name(r["shape"]), named(r["provider"])): r for r in rows}
 
     old, new = measured(before), measured(after)
+    pairs = [(*key[:2], old[key], new[key]) for key in old if key in new]
     lines = [
-        [*key, number(row["ms"]), number(new[key]["ms"]), number(row["memory_mib"]), number(new[key]["memory_mib"])]
-        for key, row in old.items()
-        if key in new
+        [subject, shape, b["provider"], *map(number, (b["ms"], a["ms"], b["memory_mib"], a["memory_mib"]))]
+        for subject, shape, b, a in pairs
     ]
     head = ["subject", "shape", "by", "before, ms", "after, ms", "before, MiB", "after, MiB"]
     return "\n".join(table(head, lines)).strip() + "\n"
