@@ -95,11 +95,8 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         leaves=("q_student", "k_student"),
         reference=reference,
         kept=kept,
-        work={
-            "eval": (2 * pairs * (ds + dt), read),
-            "forward": (2 * pairs * (ds + dt), read),
-            "forward+backward": (2 * pairs * (ds + dt) + 4 * pairs * ds, read + written),
-        },
+        forward=(2 * pairs * (ds + dt), read),
+        both=(2 * pairs * (ds + dt) + 4 * pairs * ds, read + written),
         row_axis=2,
         compiled=shape.compiled,
         yardstick=_flash_step,
@@ -271,6 +268,4 @@ def providers(settings: Settings) -> dict[str, Make]:
 
 
 def run(settings: Settings) -> None:
-    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)
+    measure_all(problem, settings.pick(TINY, CPU, FULL), providers(settings), settings)

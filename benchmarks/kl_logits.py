@@ -57,7 +57,8 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         leaves=("student",),
         reference=reference,
         kept=n,
-        work={"eval": (0, 2 * matrix), "forward": (0, 2 * matrix), "forward+backward": (0, 3 * matrix)},
+        forward=(0, 2 * matrix),
+        both=(0, 3 * matrix),
         compiled=shape.compiled,
     )
 
@@ -104,6 +105,4 @@ def providers(settings: Settings) -> dict[str, Make]:
 
 
 def run(settings: Settings) -> None:
-    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)
+    measure_all(problem, settings.pick(TINY, CPU, FULL), providers(settings), settings)

@@ -19,20 +19,16 @@ CPU_MIB = 2048  # a CPU run stops here instead of filling the machine
 def tokens(count: int, settings: Settings) -> Problem:
     hidden, teacher, vocab = (2048, 4096, 128256) if settings.device == "cuda" else (64, 96, 8192)
     shape = linear_kl.Shape(count, hidden, teacher, vocab)
-    return linear_kl.problem(shape, _dtype(settings), settings.device)
+    return linear_kl.problem(shape, settings.dtype, settings.device)
 
 
 def length(count: int, settings: Settings) -> Problem:
     size = (32, 4, 128, 128) if settings.device == "cuda" else (2, 2, 32, 32)
-    return attention_kl.problem(attention_kl.Shape(1, count, *size), _dtype(settings), settings.device)
-
-
-def _dtype(settings: Settings) -> torch.dtype:
-    return torch.bfloat16 if settings.device == "cuda" else torch.float32
+    return attention_kl.problem(attention_kl.Shape(1, count, *size), settings.dtype, settings.device)
 
 
 def run(settings: Settings) -> None:
-    first = 64 if settings.tiny else 1024 if settings.device == "cuda" else 512
+    first = settings.pick(64, 512, 1024)
     subjects = {
         "linear_kl": (tokens, linear_kl.providers(settings), "tokens"),
         "attention_kl": (length, attention_kl.providers(settings), "length"),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from linear_kl import targets
 from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
@@ -39,9 +40,7 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         rows = min(n, 257) if small else n
         generator = torch.Generator(device).manual_seed(seed)
         random = partial(torch.randn, generator=generator, device=device)
-        labels = torch.randint(v, (rows,), generator=generator, device=device)
-        labels[torch.rand(rows, generator=generator, device=device) >= shape.share] = -100
-        labels[0] = 0
+        labels = targets(rows, v, shape.share, generator)
         head = (random(v, h) * h**-0.5).to(dtype)
         return {"hidden": random(rows, h).to(dtype), "head": head, "labels": labels, "kept": int((labels >= 0).sum())}
 
@@ -61,11 +60,8 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         leaves=("hidden", "head"),
         reference=reference,
         kept=kept,
-        work={
-            "eval": (2 * kept * v * h, read),
-            "forward": (2 * kept * v * h, read),
-            "forward+backward": (6 * kept * v * h, read + written),
-        },
+        forward=(2 * kept * v * h, read),
+        both=(6 * kept * v * h, read + written),
         compiled=shape.compiled,
     )
 
@@ -110,6 +106,4 @@ def providers(settings: Settings) -> dict[str, Make]:
 
 
 def run(settings: Settings) -> None:
-    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)
+    measure_all(problem, settings.pick(TINY, CPU, FULL), providers(settings), settings)

@@ -42,7 +42,7 @@ class Problem:
         reference: `(inputs, rows | None) -> summed loss` in plain torch, of these rows only.
         rows: how many rows the first leaf has, counted along the axis that `row_axis` names.
         kept: rows that count; the upstream gradient is 1 / kept, as a trainer's mean makes it.
-        work: by mode, the fewest floating-point operations and the fewest bytes.
+        forward, both: fewest floating-point operations and fewest bytes, of a forward and of forward + backward.
         compiled: whether torch.compile is worth its minutes at this shape.
         yardstick: another operation of the same shape whose time the rows are divided by.
     """
@@ -54,7 +54,8 @@ class Problem:
     leaves: tuple[str, ...]
     reference: Callable[[Inputs, Tensor | None], Tensor]
     kept: int
-    work: Mapping[str, tuple[float, float]]
+    forward: tuple[float, float]
+    both: tuple[float, float]
     row_axis: int = 0
     compiled: bool = False
     yardstick: Loss | None = None
@@ -87,6 +88,14 @@ class Settings:
     @property
     def over(self) -> bool:
         return time.monotonic() > self.deadline
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def pick(self, tiny: Any, cpu: Any, full: Any) -> Any:
+        """The sizes of this run."""
+        return tiny if self.tiny else full if self.device == "cuda" else cpu
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -141,11 +150,11 @@ class Truth:
         self.row_gradient = gradient.index_select(problem.row_axis, self.rows)
 
 
-def measure_all(problems: Iterable[Problem], makers: Makers, settings: Settings) -> None:
-    """All problems; what has to be compiled for minutes takes part where a problem says so."""
+def measure_all(problem: Callable[..., Problem], shapes: Iterable[Any], makers: Makers, settings: Settings) -> None:
+    """All shapes of a subject; what has to be compiled for minutes takes part where a problem says so."""
     quick = {key: make for key, make in makers.items() if settings.device not in PROVIDERS[key].compiles}
-    for problem in problems:
-        measure(problem, makers if problem.compiled or settings.tiny else quick, settings)
+    for one in (problem(shape, settings.dtype, settings.device) for shape in shapes):
+        measure(one, makers if one.compiled or settings.tiny else quick, settings)
 
 
 def made(key: str, make: Make, problem: Problem) -> Loss:
@@ -311,7 +320,7 @@ def visible_memory(key: str, device: str) -> bool:
 
 def floor(problem: Problem, mode: str, ms: float, device: str) -> dict[str, float]:
     """The least time this machine needs, from the rates it reached in the same run."""
-    operations, nbytes = problem.work[mode]
+    operations, nbytes = problem.both if mode == "forward+backward" else problem.forward
     rate, bandwidth = gemm_rate(device, problem.dtype), copy_bandwidth(device)
     least = 1e3 * max(operations / rate, nbytes / bandwidth)
     return {

@@ -11,31 +11,18 @@ RED, PINK, BLUE, GREY, PALE = "#c1272d", "#e8838a", "#4c78a8", "#8a8a8a", "#d8d8
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do what a subject measures.
-
-    Args:
-        key: what code calls it.
-        shown: its name in rows, by which result files are read again.
-        shown_on_cpu: its name where it takes another form on a CPU.
-        ours: whether it is the kit's own.
-        role: a rival; a yardstick, which others' times are set against; nobody: the row is about no implementation.
-        package: the distribution it comes with, which may be missing.
-        gpu: what to say where there is no GPU, if it needs one.
-        compiles: the devices on which it compiles for every new shape, which takes minutes.
-        fused: its work happens inside one operator, whose memory nobody can count on a CPU.
-        colour: in pictures; None = the next free one.
-    """
+    """One way to do what a subject measures."""
 
     key: str
-    shown: str
-    shown_on_cpu: str | None = None
+    shown: str  # its name in rows, by which result files are read again
+    shown_on_cpu: str | None = None  # where it takes another form there
     ours: bool = False
-    role: Literal["rival", "yardstick", "nobody"] = "rival"
-    package: str | None = None
-    gpu: str | None = None
-    compiles: tuple[str, ...] = ()
-    fused: bool = False
-    colour: str | None = None
+    role: Literal["rival", "yardstick", "nobody"] = "rival"  # yardstick: times are set against it; nobody: "*" and such
+    package: str | None = None  # the distribution it comes with, which may be missing
+    gpu: str | None = None  # what to say where there is none, if it needs one
+    compiles: tuple[str, ...] = ()  # devices on which it compiles for every new shape, for minutes
+    fused: bool = False  # works inside one operator, whose memory nobody can count on a CPU
+    colour: str | None = None  # in pictures; None = the next free one
 
     def name(self, device: str) -> str:
         return self.shown_on_cpu if device == "cpu" and self.shown_on_cpu else self.shown

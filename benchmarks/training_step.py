@@ -6,7 +6,7 @@ the reference formulation of the papers' code (every teacher runs on every sampl
 
 import gc
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,7 +193,7 @@ def reference_dae(models: Callable[..., Any]) -> Loss:
     return loss
 
 
-def models_alone(models: Callable[..., Any], teacher: bool) -> Loss:
+def models_alone(models: Callable[..., Any], teacher: bool = True) -> Loss:
     """No loss at all: student forward and backward, the teacher forward once. What no loss code can undercut."""
     student = models("student").model
     frozen = models("teacher").model if teacher else None
@@ -214,21 +214,15 @@ class Method(NamedTuple):
     teacher: bool = True
 
 
-def _kd_every_fourth(models: Callable[..., Any]) -> Loss:
-    return kit_kd(models, "every:4")
-
-
-def _kd_attention(models: Callable[..., Any]) -> Loss:
-    return kit_kd(models, "all")
-
-
 DAE = {"kit": kit_dae, "papers": reference_dae}
 METHODS = [
-    Method("kd", {"models": lambda m: models_alone(m, True), "kit": kit_kd, "eager-step": eager_kd}),
-    Method("kd + attention", {"kit": _kd_attention, "papers": reference_kd_attention}),
+    Method("kd", {"models": models_alone, "kit": kit_kd, "eager-step": eager_kd}),
+    Method("kd + attention", {"kit": partial(kit_kd, layers="all"), "papers": reference_kd_attention}),
     Method("dae 50 %", DAE, 0.5),
-    Method("kd + attention, every 4th layer", {"kit": _kd_every_fourth}),
-    Method("sft", {"models": lambda m: models_alone(m, False), "kit": kit_sft, "eager-step": eager_sft}, teacher=False),
+    Method("kd + attention, every 4th layer", {"kit": partial(kit_kd, layers="every:4")}),
+    Method(
+        "sft", {"models": partial(models_alone, teacher=False), "kit": kit_sft, "eager-step": eager_sft}, teacher=False
+    ),
     Method("dae 10 %", DAE, 0.1),
     Method("dae 90 %", DAE, 0.9),
 ]
@@ -249,12 +243,9 @@ def disagreement(number: int) -> float | None:
 
 
 def run(settings: Settings) -> None:
-    size = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
+    size = settings.pick(TINY, CPU, FULL)
     shape = {"batch": size.batch, "length": size.length, "vocab": size.vocab}
-    shape |= {
-        "student": "x".join(map(str, size.student.values())),
-        "teacher": "x".join(map(str, size.teacher.values())),
-    }
+    shape |= {name: "x".join(map(str, getattr(size, name).values())) for name in ("student", "teacher")}
     alone: dict[bool, float] = {}
     for method in METHODS:
         base = {"subject": "training_step", "mode": "step", "dtype": str(size.dtype).removeprefix("torch.")}
