@@ -155,8 +155,9 @@ def changes(before: Path, after: Path) -> str:
     """Forward + backward of what both files have, side by side."""
 
     def measured(path: Path) -> dict[tuple[str, str, Provider], Row]:
-        rows = (r for r in read(path) if r["status"] == "ok" and r.get("mode") == "forward+backward")
-        return {(r["subject"], shape_name(r["shape"]), named(r["provider"])): r for r in rows}
+        rows = [(r, named(r["provider"])) for r in read(path) if r["status"] == "ok"]
+        rows = [(r, who) for r, who in rows if r.get("mode") == "forward+backward" and who.role == "rival"]
+        return {(r["subject"], shape_name(r["shape"]), who): r for r, who in rows}
 
     old, new = measured(before), measured(after)
     pairs = [(*key[:2], old[key], new[key]) for key in old if key in new]
