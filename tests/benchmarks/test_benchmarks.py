@@ -1,10 +1,13 @@
 """The benchmarks run in their tiny form, refuse to time what is wrong, and their results can be read and drawn."""
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +87,97 @@ def test_tables_hold_every_subject(results, tmp_path):
     text = tables.markdown(path)
     assert text.count("#### ") == 2 + len(tables.KERNELS) + 3
     assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
+
+
+@pytest.fixture
+def rename(monkeypatch):
+    """`rename()` gives every provider another name; returns what puts the names of a CPU back into a text."""
+
+    def renamed():
+        known = dict(providers.PROVIDERS)
+        for key, record in known.items():
+            other = dataclasses.replace(record, shown=f"<{key}>", shown_on_cpu=None)
+            monkeypatch.setitem(providers.PROVIDERS, key, other)
+
+        def back(text: str) -> str:
+            for key, record in known.items():
+                text = text.replace(f"<{key}>", record.name("cpu"))
+            return text
+
+        return back
+
+    return renamed
+
+
+def test_keys_and_names_are_unambiguous():
+    records = providers.RECORDS
+    names = [name for p in records for name in (p.shown, p.shown_on_cpu) if name]
+    assert len(names) == len(set(names))
+    assert len({p.key for p in records}) == len(records)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_run_depends_on_no_name(results, rename, monkeypatch, tmp_path, subject):
+    """Who takes part, what is measured of whom and in which order: the same under other names."""
+
+    def decided(text: str) -> list[tuple]:
+        rows = [json.loads(line) for line in text.splitlines()]
+        said = ("subject", "provider", "mode", "shape", "dtype", "status", "reason")
+        return [({k: row.get(k) for k in said}, list(row), row.get("memory_mib") is None) for row in rows]
+
+    before = results(subject).read_text()
+    back = rename()
+    monkeypatch.setattr("gc.collect", lambda: None)  # takes longer than the tiny steps
+    after = run.main(["--tiny", "--only", subject, "--output", str(tmp_path)]).read_text()
+    assert after != back(after)
+    assert decided(back(after)) == decided(before)
+
+
+def test_tables_and_pictures_depend_on_no_name(rename, tmp_path):
+    """The rows of the report, and some about nobody, under other names: the same text, bars, lines and colours."""
+    import pictures
+    import tables
+
+    rows = pictures.read(BENCHMARKS / "results" / "2026-11-21-amd-epyc-cpu.jsonl")
+    for key, subject in [("all", "training_step"), *((k, s) for k in ("all", "reference") for s in tables.KERNELS)]:
+        like = next(row for row in rows if row["subject"] == subject)
+        shown = providers.PROVIDERS[key].shown
+        rows.append({**like, "provider": shown, "mode": "*", "status": "skipped", "reason": "nobody"})
+    keys = [providers.named(row["provider"]).key for row in rows]
+    assert set(keys) <= set(providers.PROVIDERS)
+
+    def figures():
+        kernels = [pictures.kernels(rows, subject) for subject in tables.KERNELS]
+        for figure in (pictures.accuracy(rows), pictures.steps(rows), pictures.limits(rows), *kernels):
+            for axis in figure.axes:
+                texts = [*axis.texts, *axis.get_yticklabels(), *(axis.legend_.texts if axis.legend_ else ())]
+                yield [text.get_text() for text in texts]
+                yield [(bar.get_facecolor(), bar.get_y(), bar.get_width()) for bar in axis.patches]
+                yield [(x.get_color(), x.get_linewidth(), x.get_marker(), x.get_xydata().tolist()) for x in axis.lines]
+            pictures.plt.close(figure)
+
+    def everything() -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return tables.markdown(path) + tables.changes(path, path) + json.dumps(list(figures()), default=float)
+
+    before = everything()
+    back = rename()
+    for key, row in zip(keys, rows, strict=True):
+        row["provider"] = providers.PROVIDERS[key].shown
+    assert back(everything()) == before
+    assert "nobody" not in before
+
+
+@pytest.mark.parametrize(("device", "slow"), [("cpu", {"compile"}), ("cuda", {"compile", "chunked"})])
+def test_what_compiles_for_minutes_takes_part_where_a_problem_says_so(rename, monkeypatch, device, slow):
+    rename()  # whatever it is called
+    taking_part = {}
+    monkeypatch.setattr(measure, "measure", lambda one, makers, _: taking_part.update({one.compiled: set(makers)}))
+    settings = measure.Settings(device=device)
+    makers = linear_kl.providers(settings)
+    measure.measure_all(lambda shape, *_: SimpleNamespace(compiled=shape), (True, False), makers, settings)
+    assert taking_part == {True: set(makers), False: set(makers) - slow}
 
 
 @pytest.fixture
