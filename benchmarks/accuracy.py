@@ -10,7 +10,7 @@ from functools import partial
 import attention_kl
 import linear_kl
 import torch
-from measure import Inputs, Loss, Problem, Provider, Settings, Truth, check, failures_as_rows
+from measure import Inputs, Loss, Makers, Problem, Settings, Truth, check, failures_as_rows, made
 from torch import Tensor
 
 CLOSENESS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -74,40 +74,33 @@ def trl_gkd(problem: Problem) -> Loss:
     return loss
 
 
-def head_providers(settings: Settings) -> dict[str, Provider]:
+def head_providers(settings: Settings) -> Makers:
     plain = dataclasses.replace(settings, tiny=True)  # no compiler: it rounds as eager does
     known = linear_kl.providers(plain)
-    del known["torch.compile"]
+    del known["compile"]
     eager = known.pop("eager")
-    return {
-        **known,
-        "bf16 logits, fp32 softmax": eager,
-        "TRL GKD loss (bf16 throughout)": trl_gkd,
-    }
+    return {**known, "bf16-logits": eager, "trl-gkd": trl_gkd}
 
 
-def map_providers(settings: Settings) -> dict[str, Provider]:
+def map_providers(settings: Settings) -> Makers:
     known = attention_kl.providers(settings)
-    del known["torch.compile"]
-    eager = known.pop("eager maps")
-    return {
-        **known,
-        "bf16 scores, fp32 maps": eager,
-        "bf16 maps, as eager attention returns them": partial(attention_kl.eager_maps, map_dtype=torch.bfloat16),
-    }
+    del known["compile"]
+    eager = known.pop("eager-maps")
+    bf16_maps = partial(attention_kl.eager_maps, map_dtype=torch.bfloat16)
+    return {**known, "bf16-scores": eager, "bf16-maps": bf16_maps}
 
 
 def run(settings: Settings) -> None:
     closeness = CLOSENESS[1:4:2] if settings.tiny else CLOSENESS
-    for make, providers in ((close_heads, head_providers(settings)), (close_maps, map_providers(settings))):
+    for closer, makers in ((close_heads, head_providers(settings)), (close_maps, map_providers(settings))):
         for distance in closeness:
             if settings.over:
-                row = {"subject": "accuracy", "provider": "*", "shape": {"distance": distance}}
+                row = {"subject": "accuracy", "provider": "all", "shape": {"distance": distance}}
                 settings.add(**row, status="skipped", reason="time budget")
                 continue
-            problem = make(distance, settings)
+            problem = closer(distance, settings)
             truth = Truth.of(problem)
-            for name, build in providers.items():
-                row = {"subject": problem.subject, "provider": name, "shape": problem.shape, "dtype": "bfloat16"}
+            for key, make in makers.items():
+                row = {"subject": problem.subject, "provider": key, "shape": problem.shape, "dtype": "bfloat16"}
                 with failures_as_rows(settings, row):
-                    settings.add(**row, status="ok", **check(build(problem), problem, truth))
+                    settings.add(**row, status="ok", **check(made(key, make, problem), problem, truth))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
+from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.attention import attention_kl
@@ -95,11 +95,8 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         leaves=("q_student", "k_student"),
         reference=reference,
         kept=kept,
-        work={
-            "eval": (2 * pairs * (ds + dt), read),
-            "forward": (2 * pairs * (ds + dt), read),
-            "forward+backward": (2 * pairs * (ds + dt) + 4 * pairs * ds, read + written),
-        },
+        forward=(2 * pairs * (ds + dt), read),
+        both=(2 * pairs * (ds + dt) + 4 * pairs * ds, read + written),
         row_axis=2,
         compiled=shape.compiled,
         yardstick=_flash_step,
@@ -167,8 +164,6 @@ def models(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def ours(problem: Problem, impl: str) -> Loss:
-    if impl == "triton" and not torch.cuda.is_available():
-        raise Unavailable("the Triton kernels need a GPU")
     packed, window = problem.shape["documents"] > 1, problem.shape["window"]
 
     def loss(x: Inputs) -> Tensor:
@@ -261,18 +256,16 @@ def plain_kernel(problem: Problem) -> Loss:
     return lambda x: plain_attention_kl(*models(x), x["document"], x["row_mask"], window)
 
 
-def providers(settings: Settings) -> dict[str, Provider]:
+def providers(settings: Settings) -> dict[str, Make]:
     return {
-        "lightning_itk triton": partial(ours, impl="triton"),
-        "lightning_itk torch": partial(ours, impl="torch"),
-        "plain kernel (atomics)": plain_kernel,
-        "eager maps": eager_maps,
-        "composed of SDPA": composed,
-        "torch.compile": partial(compiled_maps, settings=settings),
+        "triton": partial(ours, impl="triton"),
+        "torch": partial(ours, impl="torch"),
+        "plain": plain_kernel,
+        "eager-maps": eager_maps,
+        "composed": composed,
+        "compile": partial(compiled_maps, settings=settings),
     }
 
 
 def run(settings: Settings) -> None:
-    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)
+    measure_all(problem, settings.pick(TINY, CPU, FULL), providers(settings), settings)

@@ -9,11 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from measure import Settings, failures_as_rows, quantiles
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training_step import TINY, build
@@ -65,6 +67,23 @@ def _tokenizer(path: str, vocab: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+class Corpus(NamedTuple):
+    """Records in a file, and how they are read."""
+
+    path: str
+    data: str
+    tokenizer: PreTrainedTokenizerFast
+    max_length: int
+    cache: str
+
+    def module(self, **options: Any) -> itk.InstructionDataModule:
+        made = {"batch_size": 8, "num_proc": 1, "max_length": self.max_length, "cache_dir": self.cache, **options}
+        module = itk.InstructionDataModule(self.path, 0.0, tokenizer=self.tokenizer, **made)
+        module.prepare_data()
+        module.setup("fit")
+        return module
+
+
 class Bench:
     """Rows of one place of the data path: how many units a second, by whom."""
 
@@ -72,17 +91,10 @@ class Bench:
         self.settings = settings
         self.repeats = settings.samples
 
-    def rate(
-        self, what: str, provider: str, unit: str, action: Callable[[], Any], wall: bool = False, **shape: Any
-    ) -> None:
+    def rate(self, what: str, key: str, unit: str, action: Callable[[], Any], wall: bool = False, **shape: Any) -> None:
         """`action` returns how many units it did, or (units, more columns). Processor time, or `wall` time."""
         seconds = time.perf_counter if wall else time.process_time
-        row = {
-            "subject": "data_path",
-            "provider": provider,
-            "mode": what,
-            "shape": {"what": what, **shape},
-        }
+        row = {"subject": "data_path", "provider": key, "mode": what, "shape": {"what": what, **shape}}
         if self.settings.over:
             self.settings.add(**row, status="skipped", reason="time budget")
             return
@@ -116,13 +128,14 @@ def _quiet() -> Iterator[None]:
         enable_progress_bar()
 
 
-def tokenization(bench: Bench, path: str, data: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-    encoder, source = ChatEncoder(tokenizer), Source(path)
+def tokenization(bench: Bench, corpus: Corpus) -> None:
+    tokenizer = corpus.tokenizer
+    encoder, source = ChatEncoder(tokenizer), Source(corpus.path)
     conversations = [
         r.messages for chunk in read_chunks(source) for r in parse_chunk(chunk, source, need_response=True)
     ]
     texts = [text for text, _ in encoder.render(conversations)]
-    shape = {"data": data, "records": len(texts)}
+    shape = {"data": corpus.data, "records": len(texts)}
 
     def bare() -> float:
         return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
@@ -132,15 +145,15 @@ def tokenization(bench: Bench, path: str, data: str, tokenizer: PreTrainedTokeni
 
     def whole(num_proc: int | None) -> float:
         with tempfile.TemporaryDirectory() as cache:
-            made = tokenize(source, encoder, max_length, cache_dir=cache, num_proc=num_proc, progress=False)
+            made = tokenize(source, encoder, corpus.max_length, cache_dir=cache, num_proc=num_proc, progress=False)
             return float(made.summary.tokens)
 
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for everybody
-    bench.rate("tokenize", "bare tokenizer on finished texts", "tokens", bare, **shape)
-    bench.rate("tokenize", "apply_chat_template, record by record", "tokens", template, **shape)
-    bench.rate("tokenize", "lightning_itk, one process", "tokens", lambda: whole(1), **shape)
-    bench.rate("tokenize", "lightning_itk, all cores (wall time)", "tokens", lambda: whole(None), True, **shape)
+    bench.rate("tokenize", "tokenizer", "tokens", bare, **shape)
+    bench.rate("tokenize", "template", "tokens", template, **shape)
+    bench.rate("tokenize", "kit-process", "tokens", lambda: whole(1), **shape)
+    bench.rate("tokenize", "kit-processes", "tokens", lambda: whole(None), True, **shape)
     os.environ.pop("TOKENIZERS_PARALLELISM")
     if threads is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = threads
@@ -171,14 +184,9 @@ def packing(bench: Bench, count: int, max_length: int) -> None:
             room -= length
         return filled(rows)
 
-    def trl_rows() -> Any:
-        from datasets import Dataset
-
-        offsets = np.cumsum([0, *lengths])
-        ids = np.zeros(offsets[-1], np.int64)
-        return Dataset.from_dict({"input_ids": [ids[a:b] for a, b in itertools.pairwise(offsets)]})
-
-    rows = trl_rows()
+    offsets = np.cumsum([0, *lengths])
+    ids = np.zeros(offsets[-1], np.int64)
+    rows = Dataset.from_dict({"input_ids": [ids[a:b] for a, b in itertools.pairwise(offsets)]})
 
     def trl() -> tuple[float, dict[str, float]]:
         from trl import pack_dataset
@@ -186,40 +194,24 @@ def packing(bench: Bench, count: int, max_length: int) -> None:
         packed = pack_dataset(rows, max_length, strategy="bfd", map_kwargs={"batch_size": count})
         return filled(len(packed))
 
-    bench.rate(
-        "pack", "lightning_itk best fit", "samples", lambda: filled(len(best_fit(lengths, max_length)[1]) - 1), **shape
-    )
-    bench.rate("pack", "TRL bfd (moves the tokens too)", "samples", trl, **shape)
-    bench.rate("pack", "first fit", "samples", first_fit, **shape)
-    bench.rate("pack", "in order, no search", "samples", in_order, **shape)
+    bench.rate("pack", "kit-best-fit", "samples", lambda: filled(len(best_fit(lengths, max_length)[1]) - 1), **shape)
+    bench.rate("pack", "trl-pack", "samples", trl, **shape)
+    bench.rate("pack", "first-fit", "samples", first_fit, **shape)
+    bench.rate("pack", "in-order", "samples", in_order, **shape)
 
 
-def loading(
-    bench: Bench, path: str, data: str, tokenizer: PreTrainedTokenizerFast, max_length: int, cache: str
-) -> None:
-    for packed in (False, True):
-        module = itk.InstructionDataModule(
-            path,
-            0.0,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=8,
-            packing=packed,
-            num_proc=1,
-            cache_dir=cache,
-        )
-        module.prepare_data()
-        module.setup("fit")
+def loading(bench: Bench, corpus: Corpus) -> None:
+    def through(batches: Any, real: Callable[[Any], torch.Tensor]) -> tuple[float, dict[str, float]]:
+        tokens = slots = 0
+        for batch in batches:
+            tokens += int(real(batch).sum())
+            slots += batch["input_ids"].numel()
+        return float(tokens), {"fill": tokens / slots}
 
-        def through(module: Any = module) -> tuple[float, dict[str, float]]:
-            tokens = slots = 0
-            for batch in module.train_dataloader():
-                tokens += int(real_tokens(batch).sum())
-                slots += batch["input_ids"].numel()
-            return float(tokens), {"fill": tokens / slots}
-
-        name = "lightning_itk, packed" if packed else "lightning_itk, padded"
-        bench.rate("load", name, "tokens", through, data=data)
+    for packing, key in ((False, "kit-padded"), (True, "kit-packed")):
+        module = corpus.module(packing=packing)
+        batches = module.train_dataloader
+        bench.rate("load", key, "tokens", lambda of=batches: through(of(), real_tokens), data=corpus.data)
     samples = module.train_dataloader().samples
     rows = [
         {"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()}
@@ -229,19 +221,11 @@ def loading(
     def plain() -> tuple[float, dict[str, float]]:
         from transformers import DataCollatorForSeq2Seq
 
-        loader = torch.utils.data.DataLoader(
-            rows,
-            batch_size=8,
-            shuffle=True,
-            collate_fn=DataCollatorForSeq2Seq(tokenizer),  # type: ignore[arg-type]
-        )
-        tokens = slots = 0
-        for batch in loader:
-            tokens += int(batch["attention_mask"].sum())
-            slots += batch["input_ids"].numel()
-        return float(tokens), {"fill": tokens / slots}
+        collate: Any = DataCollatorForSeq2Seq(corpus.tokenizer)
+        loader = torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collate)
+        return through(loader, lambda batch: batch["attention_mask"])
 
-    bench.rate("load", "DataLoader with transformers' collator, lists in memory", "tokens", plain, data=data)
+    bench.rate("load", "loader", "tokens", plain, data=corpus.data)
 
 
 def choosing(bench: Bench, rows: int) -> None:
@@ -257,49 +241,36 @@ def choosing(bench: Bench, rows: int) -> None:
         np.argsort((losses[0] - losses[1]) / losses[0])[: rows // 10]
         return float(rows)
 
-    bench.rate("select", "lightning_itk", "rows", lambda: score_and_select(None), rows=rows)
-    bench.rate("select", "lightning_itk, 300 clusters", "rows", lambda: score_and_select(clusters), rows=rows)
-    bench.rate("select", "numpy argsort, no checks", "rows", sort_all, rows=rows)
+    bench.rate("select", "kit", "rows", lambda: score_and_select(None), rows=rows)
+    bench.rate("select", "kit-clusters", "rows", lambda: score_and_select(clusters), rows=rows)
+    bench.rate("select", "argsort", "rows", sort_all, rows=rows)
 
 
-def scoring(
-    bench: Bench, path: str, data: str, tokenizer: PreTrainedTokenizerFast, max_length: int, cache: str
-) -> None:
-    size = TINY._replace(vocab=len(tokenizer), length=max_length)
+def scoring(bench: Bench, corpus: Corpus) -> None:
+    size = TINY._replace(vocab=len(corpus.tokenizer), length=corpus.max_length)
     module = itk.SFTModule(build(size, "student", Settings(device="cpu")))
-    data_module = itk.InstructionDataModule(
-        path, 0.0, tokenizer=tokenizer, max_length=max_length, batch_size=8, num_proc=1, cache_dir=cache
-    )
-    data_module.prepare_data()
-    data_module.setup("fit")
-    batches = list(itertools.islice(data_module.scoring_dataloader(), 2))
+    batches = list(itertools.islice(corpus.module().scoring_dataloader(), 2))
     module.eval()
 
     @torch.no_grad()
-    def ours() -> float:
+    def through(score: Callable[[Any], Any]) -> float:
         for batch in batches:
-            sample_tokens(module, batch)
+            score(batch)
         return sum(float(real_tokens(batch).sum()) for batch in batches)
 
-    @torch.no_grad()
-    def bare() -> float:
-        for batch in batches:
-            module.student.model(**model_inputs(batch))
-        return sum(float(real_tokens(batch).sum()) for batch in batches)
+    def bare(batch: Any) -> None:
+        module.student.model(**model_inputs(batch))
 
-    @torch.no_grad()
-    def eager() -> float:
-        for batch in batches:
-            assert count_targets(batch)
-            logits = module.student(**model_inputs(batch)).logits[:, :-1].float()
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
-        return sum(float(real_tokens(batch).sum()) for batch in batches)
+    def eager(batch: Any) -> None:
+        assert count_targets(batch)
+        logits = module.student(**model_inputs(batch)).logits[:, :-1].float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
 
-    shape = {"data": data, "hidden": size.student["hidden_size"], "layers": size.student["num_hidden_layers"]}
+    shape = {"data": corpus.data, "hidden": size.student["hidden_size"], "layers": size.student["num_hidden_layers"]}
     shape["vocab"] = size.vocab
-    bench.rate("score", "bare forward, no head", "tokens", bare, **shape)
-    bench.rate("score", "lightning_itk", "tokens", ours, **shape)
-    bench.rate("score", "eager: all logits, cross-entropy", "tokens", eager, **shape)
+    bench.rate("score", "forward", "tokens", lambda: through(bare), **shape)
+    bench.rate("score", "kit", "tokens", lambda: through(partial(sample_tokens, module)), **shape)
+    bench.rate("score", "eager-score", "tokens", lambda: through(eager), **shape)
 
 
 def run(settings: Settings) -> None:
@@ -308,9 +279,9 @@ def run(settings: Settings) -> None:
     count, vocab, max_length = (40, 400, 256) if settings.tiny else (1000, 8000, 1024)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path, data = _records(Path(folder), count)
-        tokenizer = _tokenizer(path, vocab)
-        tokenization(bench, path, data, tokenizer, max_length)
+        corpus = Corpus(path, data, _tokenizer(path, vocab), max_length, folder)
+        tokenization(bench, corpus)
         packing(bench, 200 if settings.tiny else 20_000, 2048)
-        loading(bench, path, data, tokenizer, max_length, folder)
+        loading(bench, corpus)
         choosing(bench, 2000 if settings.tiny else 1_000_000)
-        scoring(bench, path, data, tokenizer, max_length, folder)
+        scoring(bench, corpus)

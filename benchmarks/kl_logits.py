@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from linear_kl import eager_rows, options
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
+from measure import Inputs, Loss, Make, Problem, Settings, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.losses import kl_divergence
@@ -57,14 +57,13 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         leaves=("student",),
         reference=reference,
         kept=n,
-        work={"eval": (0, 2 * matrix), "forward": (0, 2 * matrix), "forward+backward": (0, 3 * matrix)},
+        forward=(0, 2 * matrix),
+        both=(0, 3 * matrix),
         compiled=shape.compiled,
     )
 
 
 def ours(problem: Problem, impl: str) -> Loss:
-    if impl == "triton" and not torch.cuda.is_available():
-        raise Unavailable("the Triton kernels need a GPU")
     return lambda x: kl_divergence(x["student"], x["teacher"], impl=impl, **options(problem))  # type: ignore[arg-type]
 
 
@@ -80,8 +79,6 @@ def liger(problem: Problem) -> Loss:
     """Liger's losses take log-probabilities: the caller pays two log-softmaxes, as its users do."""
     from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
 
-    if not torch.cuda.is_available():
-        raise Unavailable("Liger's Triton kernels need a GPU")
     kind, temperature = problem.shape["kind"], problem.shape["temperature"]
     if kind == "forward":
         module = LigerKLDIVLoss(reduction="sum", log_target=True)
@@ -97,17 +94,15 @@ def liger(problem: Problem) -> Loss:
     return loss
 
 
-def providers(settings: Settings) -> dict[str, Provider]:
+def providers(settings: Settings) -> dict[str, Make]:
     return {
-        "lightning_itk triton": partial(ours, impl="triton"),
-        "lightning_itk torch": partial(ours, impl="torch"),
+        "triton": partial(ours, impl="triton"),
+        "torch": partial(ours, impl="torch"),
         "eager": eager_loss,
-        "liger KL / JSD": liger,
-        "torch.compile": partial(eager_loss, settings=settings),
+        "liger-kl": liger,
+        "compile": partial(eager_loss, settings=settings),
     }
 
 
 def run(settings: Settings) -> None:
-    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)
+    measure_all(problem, settings.pick(TINY, CPU, FULL), providers(settings), settings)

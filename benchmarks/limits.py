@@ -9,8 +9,9 @@ import attention_kl
 import linear_kl
 import torch
 from machine import synchronize
-from measure import Problem, Provider, Settings, Unavailable, call, visible_memory
+from measure import Make, Problem, Settings, Unavailable, call, made, visible_memory
 from memory import peak_mib
+from providers import PROVIDERS
 
 CPU_MIB = 2048  # a CPU run stops here instead of filling the machine
 
@@ -18,45 +19,39 @@ CPU_MIB = 2048  # a CPU run stops here instead of filling the machine
 def tokens(count: int, settings: Settings) -> Problem:
     hidden, teacher, vocab = (2048, 4096, 128256) if settings.device == "cuda" else (64, 96, 8192)
     shape = linear_kl.Shape(count, hidden, teacher, vocab)
-    return linear_kl.problem(shape, _dtype(settings), settings.device)
+    return linear_kl.problem(shape, settings.dtype, settings.device)
 
 
 def length(count: int, settings: Settings) -> Problem:
     size = (32, 4, 128, 128) if settings.device == "cuda" else (2, 2, 32, 32)
-    return attention_kl.problem(attention_kl.Shape(1, count, *size), _dtype(settings), settings.device)
-
-
-def _dtype(settings: Settings) -> torch.dtype:
-    return torch.bfloat16 if settings.device == "cuda" else torch.float32
+    return attention_kl.problem(attention_kl.Shape(1, count, *size), settings.dtype, settings.device)
 
 
 def run(settings: Settings) -> None:
-    first = 64 if settings.tiny else 1024 if settings.device == "cuda" else 512
+    first = settings.pick(64, 512, 1024)
     subjects = {
         "linear_kl": (tokens, linear_kl.providers(settings), "tokens"),
         "attention_kl": (length, attention_kl.providers(settings), "length"),
     }
-    for subject, (make, providers, unit) in subjects.items():
-        for name, build in providers.items():
-            row = {"subject": "limits", "provider": name, "shape": {"subject": subject, "unit": unit}}
-            if not visible_memory(name, settings.device) or name.startswith(("torch.compile", "liger chunked")):
+    for subject, (size, makers, unit) in subjects.items():
+        for key, make in makers.items():
+            row = {"subject": "limits", "provider": key, "shape": {"subject": subject, "unit": unit}}
+            if PROVIDERS[key].compiles or not visible_memory(key, settings.device):
                 reason = "a new shape at every step would only time the compiler"
                 settings.add(**row, status="not available", reason=reason)
                 continue
-            _climb(row, partial(make, settings=settings), build, first, settings)
+            _climb(row, partial(size, settings=settings), partial(made, key, make), first, settings)
 
 
-def _climb(
-    row: dict[str, Any], make: Callable[[int], Problem], build: Provider, first: int, settings: Settings
-) -> None:
+def _climb(row: dict[str, Any], sized: Callable[[int], Problem], make: Make, first: int, settings: Settings) -> None:
     """Double the size until memory, time or patience ends; the row holds the last size that fitted."""
     cap, seconds = (2 * first, 5.0) if settings.tiny else (2**20, 3.0 if settings.device == "cuda" else 8.0)
     size, fitted, peak, stopped = first, 0, 0.0, "cap"
     while size <= cap:
         problem = inputs = step = None
         try:
-            problem = make(size)
-            loss = build(problem)
+            problem = sized(size)
+            loss = make(problem)
             inputs = problem.make(0, False)
             step = call(loss, inputs, problem, "forward+backward")
             if settings.device == "cuda":

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
+from linear_kl import targets
+from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.losses import linear_cross_entropy
@@ -39,9 +40,7 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         rows = min(n, 257) if small else n
         generator = torch.Generator(device).manual_seed(seed)
         random = partial(torch.randn, generator=generator, device=device)
-        labels = torch.randint(v, (rows,), generator=generator, device=device)
-        labels[torch.rand(rows, generator=generator, device=device) >= shape.share] = -100
-        labels[0] = 0
+        labels = targets(rows, v, shape.share, generator)
         head = (random(v, h) * h**-0.5).to(dtype)
         return {"hidden": random(rows, h).to(dtype), "head": head, "labels": labels, "kept": int((labels >= 0).sum())}
 
@@ -61,18 +60,13 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         leaves=("hidden", "head"),
         reference=reference,
         kept=kept,
-        work={
-            "eval": (2 * kept * v * h, read),
-            "forward": (2 * kept * v * h, read),
-            "forward+backward": (6 * kept * v * h, read + written),
-        },
+        forward=(2 * kept * v * h, read),
+        both=(6 * kept * v * h, read + written),
         compiled=shape.compiled,
     )
 
 
 def ours(problem: Problem, impl: str) -> Loss:
-    if impl == "triton" and not torch.cuda.is_available():
-        raise Unavailable("the Triton kernels need a GPU")
     return lambda x: linear_cross_entropy(x["hidden"], x["head"], x["labels"], impl=impl)  # type: ignore[arg-type]
 
 
@@ -96,24 +90,20 @@ def torch_linear(problem: Problem) -> Loss:
 def liger(problem: Problem) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    if not torch.cuda.is_available():
-        raise Unavailable("Liger's Triton kernels need a GPU")
     module = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda x: module(x["head"], x["hidden"], x["labels"])
 
 
-def providers(settings: Settings) -> dict[str, Provider]:
+def providers(settings: Settings) -> dict[str, Make]:
     return {
-        "lightning_itk triton": partial(ours, impl="triton"),
-        "lightning_itk torch": partial(ours, impl="torch"),
+        "triton": partial(ours, impl="triton"),
+        "torch": partial(ours, impl="torch"),
         "eager": eager_loss,
-        "torch linear_cross_entropy": torch_linear,
-        "liger fused linear CE": liger,
-        "torch.compile": partial(eager_loss, settings=settings),
+        "torch-ce": torch_linear,
+        "liger-ce": liger,
+        "compile": partial(eager_loss, settings=settings),
     }
 
 
 def run(settings: Settings) -> None:
-    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)
+    measure_all(problem, settings.pick(TINY, CPU, FULL), providers(settings), settings)

@@ -1,11 +1,12 @@
 """Distillation from hidden states and heads: the KL of two vocabulary distributions, gradients of states and head."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Problem, Provider, Settings, Unavailable, compiled, measure_all
+from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
 from torch import Tensor
 
 from lightning_itk.losses import linear_kl_divergence
@@ -45,6 +46,14 @@ FULL = [  # most telling first: the run stops where its time is over
 ]
 
 
+def targets(rows: int, vocab: int, share: float, generator: torch.Generator) -> Tensor:
+    """Labels of which about this share counts, the first one always."""
+    labels = torch.randint(vocab, (rows,), generator=generator, device=generator.device)
+    labels[torch.rand(rows, generator=generator, device=generator.device) >= share] = -100
+    labels[0] = 0
+    return labels
+
+
 def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
     n, hs, ht, v = shape[:4]
 
@@ -52,17 +61,14 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         rows = min(n, 257) if small else n
         generator = torch.Generator(device).manual_seed(seed)
         random = partial(torch.randn, generator=generator, device=device)
-        labels = torch.randint(v, (rows,), generator=generator, device=device)
-        labels[torch.rand(rows, generator=generator, device=device) >= shape.share] = -100
-        labels[0] = 0
-        kept = int((labels != -100).sum())
+        labels = targets(rows, v, shape.share, generator)
         return {
             "student_hidden": random(rows, hs).to(dtype),
             "student_head": (random(v, hs) * hs**-0.5).to(dtype),  # logits of deviation 1: KL about 1
             "teacher_hidden": random(rows, ht).to(dtype),
             "teacher_head": (random(v, ht) * ht**-0.5).to(dtype),
             "labels": labels,
-            "kept": kept,
+            "kept": int((labels != -100).sum()),
         }
 
     def reference(inputs: Inputs, rows: Tensor | None) -> Tensor:
@@ -85,11 +91,8 @@ def problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         leaves=("student_hidden", "student_head"),
         reference=reference,
         kept=kept,
-        work={
-            "eval": (projections, read),
-            "forward": (projections, read),
-            "forward+backward": (projections + 4 * kept * v * hs, read + written),
-        },
+        forward=(projections, read),
+        both=(projections + 4 * kept * v * hs, read + written),
         compiled=shape.compiled,
     )
 
@@ -98,15 +101,12 @@ def options(problem: Problem) -> dict[str, Any]:
     return {name: problem.shape[name] for name in ("kind", "beta", "temperature")}
 
 
+def models(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
+
+
 def ours(problem: Problem, impl: str) -> Loss:
-    if impl == "triton" and not torch.cuda.is_available():
-        raise Unavailable("the Triton kernels need a GPU")
-
-    def loss(x: Inputs) -> Tensor:
-        models = x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
-        return linear_kl_divergence(*models, x["labels"], impl=impl, **options(problem))  # type: ignore[arg-type]
-
-    return loss
+    return lambda x: linear_kl_divergence(*models(x), x["labels"], impl=impl, **options(problem))  # type: ignore[arg-type]
 
 
 def eager_rows(student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float) -> Tensor:
@@ -137,7 +137,7 @@ def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
 
     def loss(x: Inputs) -> Tensor:
         keep = (x["labels"] != -100).nonzero().flatten()
-        return run(x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"], keep)
+        return run(*models(x), keep)
 
     return loss
 
@@ -146,38 +146,31 @@ def _liger_beta(problem: Problem) -> float:
     return {"forward": 0.0, "reverse": 1.0, "jsd": problem.shape["beta"]}[problem.shape["kind"]]
 
 
+def _liger_sum(problem: Problem, module: Callable[..., Tensor]) -> Loss:
+    """Of Liger's mean without T²."""
+    factor = problem.shape["temperature"] ** 2
+    return lambda x: module(*models(x), x["labels"]) * (x["kept"] * factor)
+
+
 def liger_fused(problem: Problem) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    if not torch.cuda.is_available():
-        raise Unavailable("Liger's Triton kernels need a GPU")
-    temperature = problem.shape["temperature"]
-    module = LigerFusedLinearJSD(jsd_beta=_liger_beta(problem), temperature=temperature)
-
-    def loss(x: Inputs) -> Tensor:
-        models = x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
-        return module(*models, x["labels"]) * (x["kept"] * temperature**2)  # a mean without T²
-
-    return loss
+    module = LigerFusedLinearJSD(jsd_beta=_liger_beta(problem), temperature=problem.shape["temperature"])
+    return _liger_sum(problem, module)
 
 
 def liger_chunked(problem: Problem, settings: Settings) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    temperature = problem.shape["temperature"]
     module = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0,
         weight_soft_loss=1.0,
         beta=_liger_beta(problem),
-        temperature=temperature,
+        temperature=problem.shape["temperature"],
         compiled=settings.device == "cuda" and not settings.tiny,
     )
 
-    def loss(x: Inputs) -> Tensor:
-        models = x["student_hidden"], x["student_head"], x["teacher_hidden"], x["teacher_head"]
-        return module(*models, x["labels"]) * (x["kept"] * temperature**2)
-
-    return loss
+    return _liger_sum(problem, module)
 
 
 def orda(problem: Problem) -> Loss:
@@ -204,21 +197,17 @@ def orda(problem: Problem) -> Loss:
     return loss
 
 
-def providers(settings: Settings) -> dict[str, Provider]:
+def providers(settings: Settings) -> dict[str, Make]:
     return {
-        "lightning_itk triton": partial(ours, impl="triton"),
-        "lightning_itk torch": partial(ours, impl="torch"),
+        "triton": partial(ours, impl="triton"),
+        "torch": partial(ours, impl="torch"),
         "eager": eager_loss,
-        "liger fused linear JSD": liger_fused,
-        "orda-kernel" if settings.device == "cuda" else "orda-kernel (its torch form)": orda,
-        "torch.compile": partial(eager_loss, settings=settings),
-        "liger chunked JSD" if settings.device == "cuda" else "liger chunked JSD (not compiled)": partial(
-            liger_chunked, settings=settings
-        ),
+        "liger-jsd": liger_fused,
+        "orda": orda,
+        "compile": partial(eager_loss, settings=settings),
+        "chunked": partial(liger_chunked, settings=settings),
     }
 
 
 def run(settings: Settings) -> None:
-    shapes = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    measure_all((problem(shape, dtype, settings.device) for shape in shapes), providers(settings), settings)
+    measure_all(problem, settings.pick(TINY, CPU, FULL), providers(settings), settings)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from providers import PROVIDERS
 from torch import Tensor
 
-PEERS = ("liger-kernel", "orda-kernel", "trl")
+PEERS = tuple(dict.fromkeys(provider.package for provider in PROVIDERS.values() if provider.package))
 
 
 def version(package: str) -> str | None:

@@ -1,11 +1,12 @@
 """How a number is made here: first the implementation must be right, then it is timed, then weighed.
 
-A `Problem` is one shape of one subject with its fp64 reference; a provider builds a function for it. `measure` checks
+A `Problem` is one shape of one subject with its fp64 reference; a provider makes a function for it. `measure` checks
 the function against the reference (value and every gradient), and only a right one gets times and memory. Everything
 that can go wrong (not installed, out of memory, an exception) becomes a row that says so.
 """
 
 import contextlib
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from machine import clock, copy_bandwidth, describe, flush_cache, gemm_rate
 from memory import peak_mib
+from providers import PROVIDERS
 from torch import Tensor
 
 Inputs = dict[str, Any]
@@ -40,7 +42,7 @@ class Problem:
         reference: `(inputs, rows | None) -> summed loss` in plain torch, of these rows only.
         rows: how many rows the first leaf has, counted along the axis that `row_axis` names.
         kept: rows that count; the upstream gradient is 1 / kept, as a trainer's mean makes it.
-        work: by mode, the fewest floating-point operations and the fewest bytes.
+        forward, both: fewest floating-point operations and fewest bytes, of a forward and of forward + backward.
         compiled: whether torch.compile is worth its minutes at this shape.
         yardstick: another operation of the same shape whose time the rows are divided by.
     """
@@ -52,13 +54,16 @@ class Problem:
     leaves: tuple[str, ...]
     reference: Callable[[Inputs, Tensor | None], Tensor]
     kept: int
-    work: Mapping[str, tuple[float, float]]
+    forward: tuple[float, float]
+    both: tuple[float, float]
     row_axis: int = 0
     compiled: bool = False
     yardstick: Loss | None = None
 
 
-Provider = Callable[[Problem], Loss]
+Make = Callable[[Problem], Loss]
+Makers = Mapping[str, Make]
+"""How each provider is made in a subject, by its key."""
 
 
 @dataclass
@@ -74,13 +79,23 @@ class Settings:
     emit: Callable[[dict[str, Any]], None] = lambda row: None
 
     def add(self, **row: Any) -> None:
-        row = {**row, **describe(self.device)}
+        """A finished row; its provider is known by its key up to here and by its name from here on."""
+        shown = PROVIDERS[row["provider"]].name(self.device)
+        row = {**row, "provider": shown, **describe(self.device)}
         self.rows.append(row)
         self.emit(row)
 
     @property
     def over(self) -> bool:
         return time.monotonic() > self.deadline
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def pick(self, tiny: Any, cpu: Any, full: Any) -> Any:
+        """The sizes of this run."""
+        return tiny if self.tiny else full if self.device == "cuda" else cpu
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -135,11 +150,21 @@ class Truth:
         self.row_gradient = gradient.index_select(problem.row_axis, self.rows)
 
 
-def measure_all(problems: Iterable[Problem], providers: Mapping[str, Provider], settings: Settings) -> None:
-    """All problems; what has to be compiled for minutes takes part where a problem says so."""
-    quick = {name: build for name, build in providers.items() if name not in ("torch.compile", "liger chunked JSD")}
-    for problem in problems:
-        measure(problem, providers if problem.compiled or settings.tiny else quick, settings)
+def measure_all(problem: Callable[..., Problem], shapes: Iterable[Any], makers: Makers, settings: Settings) -> None:
+    """All shapes of a subject; what has to be compiled for minutes takes part where a problem says so."""
+    quick = {key: make for key, make in makers.items() if settings.device not in PROVIDERS[key].compiles}
+    for one in (problem(shape, settings.dtype, settings.device) for shape in shapes):
+        measure(one, makers if one.compiled or settings.tiny else quick, settings)
+
+
+def made(key: str, make: Make, problem: Problem) -> Loss:
+    """The function of a provider that has what it needs here."""
+    provider = PROVIDERS[key]
+    if provider.package is not None:
+        importlib.import_module(provider.package.replace("-", "_"))
+    if provider.gpu is not None and not torch.cuda.is_available():
+        raise Unavailable(provider.gpu)
+    return make(problem)
 
 
 def check(loss: Loss, problem: Problem, truth: Truth) -> dict[str, Any]:
@@ -244,11 +269,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def measure(problem: Problem, providers: Mapping[str, Provider], settings: Settings) -> None:
+def measure(problem: Problem, makers: Makers, settings: Settings) -> None:
     """Rows of every provider and mode for one problem."""
     base = {"subject": problem.subject, "shape": problem.shape, "dtype": str(problem.dtype).removeprefix("torch.")}
     if settings.over:
-        settings.add(**base, provider="*", mode="*", status="skipped", reason="time budget")
+        settings.add(**base, provider="all", mode="*", status="skipped", reason="time budget")
         return
     truth = full = None
     with failures_as_rows(settings, {**base, "provider": "reference", "mode": "*"}):
@@ -262,13 +287,13 @@ def measure(problem: Problem, providers: Mapping[str, Provider], settings: Setti
         with failures_as_rows(settings, {**base, "provider": "yardstick", "mode": "forward+backward"}):
             yard = quantiles(sample_ms(lambda: problem.yardstick(full), settings))  # type: ignore[misc]
             settings.add(**base, provider="yardstick", mode="forward+backward", status="ok", **yard)
-    for name, build in providers.items():
-        row = {**base, "provider": name}
+    for key, make in makers.items():
+        row = {**base, "provider": key}
         if settings.over:
             settings.add(**row, mode="*", status="skipped", reason="time budget")
             continue
         with failures_as_rows(settings, {**row, "mode": "*"}):
-            loss = build(problem)
+            loss = made(key, make, problem)
             errors = check(loss, problem, truth)
             reason = wrong(errors, problem.dtype)
             if reason is not None:
@@ -281,21 +306,21 @@ def measure(problem: Problem, providers: Mapping[str, Provider], settings: Setti
                 step = call(loss, full, problem, mode)
                 with failures_as_rows(settings, {**row, "mode": mode, **errors}):
                     found = quantiles(sample_ms(step, settings))
-                    memory = peak_mib(step, settings.device) if visible_memory(name, settings.device) else None
+                    memory = peak_mib(step, settings.device) if visible_memory(key, settings.device) else None
                     extra = floor(problem, mode, found["ms"], settings.device)
                     if yard is not None and mode == "forward+backward":
                         extra["times_yardstick"] = found["ms"] / yard["ms"]
                     settings.add(**row, mode=mode, status="ok", **found, memory_mib=memory, **extra, **errors)
 
 
-def visible_memory(provider: str, device: str) -> bool:
+def visible_memory(key: str, device: str) -> bool:
     """On a CPU the counter sees the results of operators; a fused operator's insides would count as nothing."""
-    return device == "cuda" or not provider.startswith(("torch.compile", "torch linear_cross_entropy"))
+    return device == "cuda" or not PROVIDERS[key].fused
 
 
 def floor(problem: Problem, mode: str, ms: float, device: str) -> dict[str, float]:
     """The least time this machine needs, from the rates it reached in the same run."""
-    operations, nbytes = problem.work[mode]
+    operations, nbytes = problem.both if mode == "forward+backward" else problem.forward
     rate, bandwidth = gemm_rate(device, problem.dtype), copy_bandwidth(device)
     least = 1e3 * max(operations / rate, nbytes / bandwidth)
     return {

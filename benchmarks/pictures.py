@@ -7,7 +7,6 @@ Beside the file: gradient error against KL, time with the floor drawn in and mem
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from providers import named
 
 Row = dict[str, Any]
-COLOURS = {
-    "lightning_itk triton": "#c1272d",
-    "lightning_itk torch": "#e8838a",
-    "lightning_itk": "#c1272d",
-    "torch.compile": "#4c78a8",
-    "eager": "#8a8a8a",
-    "eager maps": "#8a8a8a",
-    "eager, TRL-style": "#8a8a8a",
-    "reference formulation": "#4c78a8",
-    "models alone": "#d8d8d8",
-    "bf16 logits, fp32 softmax": "#8a8a8a",
-    "bf16 scores, fp32 maps": "#8a8a8a",
-}
 OTHERS = ("#f0a43a", "#59a14f", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 
 
@@ -41,21 +28,27 @@ def read(path: Path) -> list[Row]:
 
 def _colours(providers: list[str]) -> dict[str, str]:
     others = iter(OTHERS * 9)
-    return {name: COLOURS.get(name) or next(others) for name in providers}
+    return {name: named(name).colour or next(others) for name in providers}
 
 
 def _unique(values: Any) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _caption(figure: Figure, rows: list[Row], note: str = "") -> None:
+def _finished(
+    figure: Figure, title: str, rows: list[Row], bottom: float = 0.05, note: str = "", size: int = 10
+) -> Figure:
+    """With its title, and below it where its rows come from."""
     row = rows[0]
     parts = [row["device"], f"torch {row['torch']}", row["date"][:10], f"commit {row['commit']}"]
     lines = ["  ·  ".join(parts)] + [note] * bool(note)
     if row["kind"] == "cpu":
         busy = f"load {row['load_at_start']} on {row['cores']} cores"
         lines.append(f"processor time of {row['threads']} thread(s), {busy}: compare, do not quote")
+    figure.suptitle(title, fontsize=size)
     figure.text(0.01, 0.005, "\n".join(lines), fontsize=7, color="#555555", va="bottom")
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    return figure
 
 
 def accuracy(rows: list[Row]) -> Figure | None:
@@ -70,7 +63,7 @@ def accuracy(rows: list[Row]) -> Figure | None:
         colours = _colours(_unique(r["provider"] for r in own))
         for number, (name, colour) in enumerate(colours.items()):
             points = sorted((r["kl"], r["gradient_error"]) for r in own if r["provider"] == name)
-            width = 2.6 if name.startswith("lightning_itk") else 1.3
+            width = 2.6 if named(name).ours else 1.3
             style = {
                 "marker": "osD^v"[number % 5],
                 "markersize": 9 - 1.5 * number,
@@ -83,19 +76,18 @@ def accuracy(rows: list[Row]) -> Figure | None:
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, loc="upper left")
     axes[0][0].set_ylabel("relative error of the gradient, against fp64")
-    figure.suptitle("bf16 inputs: what is left of the gradient as the student closes in on its teacher", fontsize=11)
-    _caption(figure, rows, "worst of the gradients of one input; at 1 (dotted) the error is as large as the gradient")
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    return figure
+    title = "bf16 inputs: what is left of the gradient as the student closes in on its teacher"
+    note = "worst of the gradients of one input; at 1 (dotted) the error is as large as the gradient"
+    return _finished(figure, title, rows, 0.08, note, size=11)
 
 
-def _bars(axis: Axes, rows: list[Row], value: Callable[[Row], float | None], providers: list[str], form: str) -> None:
+def _bars(axis: Axes, rows: list[Row], column: str, label: str, providers: list[str], form: str = "{:.3g}") -> None:
     colours = _colours(providers)
     by_name = {r["provider"]: r for r in rows}
-    largest = max([v for r in rows if r["status"] == "ok" and (v := value(r)) is not None], default=1.0)
+    largest = max([v for r in rows if r["status"] == "ok" and (v := r.get(column)) is not None], default=1.0)
     for place, name in enumerate(providers):
         row = by_name.get(name)
-        number = value(row) if row is not None and row["status"] == "ok" else None
+        number = row.get(column) if row is not None and row["status"] == "ok" else None
         if number is None:
             text = "" if row is None else "not measured" if row["status"] == "ok" else row["status"]
             axis.text(0.01 * largest, place, text, va="center", fontsize=7, color="#777777", style="italic")
@@ -105,6 +97,7 @@ def _bars(axis: Axes, rows: list[Row], value: Callable[[Row], float | None], pro
     axis.set_xlim(0, 1.25 * largest)
     axis.set_yticks(range(len(providers)), providers, fontsize=7)
     axis.set_ylim(len(providers) - 0.5, -0.5)
+    axis.set_xlabel(label, fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
 
 
@@ -116,7 +109,7 @@ def _title(shape: dict[str, Any]) -> str:
 
 def kernels(rows: list[Row], subject: str) -> Figure | None:
     """Forward + backward of every shape: time (the floor as a line) above, incremental memory below."""
-    own = [r for r in rows if r["subject"] == subject and r["provider"] not in ("*", "reference", "yardstick")]
+    own = [r for r in rows if r["subject"] == subject and named(r["provider"]).role == "rival"]
     own = [r for r in own if r["mode"] in ("forward+backward", "*")]
     shapes = _unique(json.dumps(r["shape"]) for r in own if r["status"] == "ok")[:5]
     if not shapes:
@@ -129,23 +122,18 @@ def kernels(rows: list[Row], subject: str) -> Figure | None:
     for column, shape in enumerate(shapes):
         here = [r for r in own if json.dumps(r["shape"]) == shape]
         time_axis, memory_axis = axes[0][column], axes[1][column]
-        _bars(time_axis, here, lambda r: r.get("ms"), providers, "{:.3g}")
+        _bars(time_axis, here, "ms", "ms, dashed: floor", providers)
         floors = [r["floor_ms"] for r in here if r.get("floor_ms") is not None]
         if floors:
             time_axis.axvline(floors[0], color="black", linewidth=1, linestyle="--")
         time_axis.set_title(_title(json.loads(shape)), fontsize=7)
-        time_axis.set_xlabel("ms, dashed: floor", fontsize=7)
-        _bars(memory_axis, here, lambda r: r.get("memory_mib"), providers, "{:.3g}")
-        memory_axis.set_xlabel("MiB beyond the inputs", fontsize=7)
-    figure.suptitle(f"{subject}: forward + backward", fontsize=10)
-    _caption(figure, own)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    return figure
+        _bars(memory_axis, here, "memory_mib", "MiB beyond the inputs", providers)
+    return _finished(figure, f"{subject}: forward + backward", own)
 
 
 def steps(rows: list[Row]) -> Figure | None:
     """Tokens per second and peak memory of whole training steps."""
-    own = [r for r in rows if r["subject"] == "training_step" and r["provider"] != "*"]
+    own = [r for r in rows if r["subject"] == "training_step" and named(r["provider"]).role != "nobody"]
     methods = _unique(r["shape"]["method"] for r in own)
     if not methods:
         return None
@@ -153,15 +141,10 @@ def steps(rows: list[Row]) -> Figure | None:
     providers = _unique(r["provider"] for r in own)
     for column, method in enumerate(methods):
         here = [r for r in own if r["shape"]["method"] == method]
-        _bars(axes[0][column], here, lambda r: r.get("tokens_per_s"), providers, "{:,.0f}")
+        _bars(axes[0][column], here, "tokens_per_s", "tokens / s", providers, "{:,.0f}")
         axes[0][column].set_title(method, fontsize=8)
-        axes[0][column].set_xlabel("tokens / s", fontsize=7)
-        _bars(axes[1][column], here, lambda r: r.get("memory_mib"), providers, "{:.3g}")
-        axes[1][column].set_xlabel("MiB beyond weights and optimizer", fontsize=7)
-    figure.suptitle("one training step", fontsize=10)
-    _caption(figure, own)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    return figure
+        _bars(axes[1][column], here, "memory_mib", "MiB beyond weights and optimizer", providers)
+    return _finished(figure, "one training step", own)
 
 
 def limits(rows: list[Row]) -> Figure | None:
@@ -184,10 +167,7 @@ def limits(rows: list[Row]) -> Figure | None:
         axis.set_xlim(min(r["largest"] for r in here) / 2, max(r["largest"] for r in here) * 64)
         axis.set(title=f"{subject}: {here[0]['shape']['unit']}")
         axis.invert_yaxis()
-    figure.suptitle("how far it goes", fontsize=10)
-    _caption(figure, own)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    return figure
+    return _finished(figure, "how far it goes", own, 0.1)
 
 
 def draw(path: Path, output: Path | None = None) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pictures import read
+from providers import Provider, named
 
 Row = dict[str, Any]
 KERNELS = {
@@ -32,6 +33,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield ""
 
 
+def section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table under its title, where it has rows."""
+    if rows:
+        yield from (f"#### {title}", "", *table(head, rows))
+
+
 def number(value: float | None, unit: str = "") -> str:
     """Three significant digits; nothing where nothing was measured."""
     if value is None:
@@ -49,7 +56,7 @@ def missing(rows: list[Row]) -> Iterator[str]:
     """Who has no number, and why; once each."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        if row["status"] != "ok" and row["provider"] != "*":
+        if row["status"] != "ok" and named(row["provider"]).role != "nobody":
             names = reasons.setdefault(f"{row['status']}: {row.get('reason', '')}", [])
             names += [row["provider"]] if row["provider"] not in names else []
     for reason, names in reasons.items():
@@ -61,58 +68,47 @@ def missing(rows: list[Row]) -> Iterator[str]:
 def accuracy(rows: list[Row]) -> Iterator[str]:
     for subject, title in (("accuracy linear_kl", "hidden states and heads"), ("accuracy attention_kl", "maps")):
         own = [r for r in rows if r["subject"] == subject and r["status"] == "ok"]
-        if not own:
-            continue
-        yield f"#### Relative gradient error, bf16 {title}"
-        yield ""
         providers = list(dict.fromkeys(r["provider"] for r in own))
         by_kl: dict[float, dict[str, float]] = {}
         for row in own:
             by_kl.setdefault(row["kl"], {})[row["provider"]] = row["gradient_error"]
         lines = [[f"{kl:.2g}", *(f"{errors[p]:.2g}" if p in errors else "" for p in providers)]
                  for kl, errors in by_kl.items()]  # fmt: skip
-        yield from table(["KL per row (nats)", *providers], lines)
+        yield from section(f"Relative gradient error, bf16 {title}", ["KL per row (nats)", *providers], lines)
 
 
 def kernel(rows: list[Row], subject: str) -> Iterator[str]:
-    own = [r for r in rows if r["subject"] == subject and r["provider"] not in ("*", "reference")]
+    own = [r for r in rows if r["subject"] == subject]
     shapes: dict[str, dict[str, dict[str, Row]]] = {}  # shape -> provider -> mode
     for row in own:
-        if row["status"] == "ok" and row["provider"] != "yardstick":
+        if row["status"] == "ok" and named(row["provider"]).role == "rival":
             providers = shapes.setdefault(shape_name(row["shape"]), {})
             providers.setdefault(row["provider"], {})[row["mode"]] = row
-    if not shapes:
-        return
-    yield f"#### {KERNELS[subject]}"
-    yield ""
     head = ["shape", "by", "forward + backward, ms", "floor / time", "forward, ms", "eval, ms", "MiB", "gradient error"]
     lines = []
-    for shape, provider, found in ((s, p, modes) for s, of in shapes.items() for p, modes in of.items()):
-        both = found.get("forward+backward", {})
-        times = [found.get(mode, {}).get("ms") for mode in ("forward", "eval")]
-        spread = f" ({number(both['ms_p20'])} to {number(both['ms_p80'])})" if both else ""
-        lines.append(
-            [shape if provider == next(iter(shapes[shape])) else "", provider, number(both.get("ms")) + spread,
-             number(both.get("percent_of_floor"), " %"), *map(number, times), number(both.get("memory_mib")),
-             f"{both['gradient_error']:.0e}" if both else ""]
-        )  # fmt: skip
-    yield from table(head, lines)
-    yield from missing(own)
+    for shape, providers in shapes.items():
+        for place, (provider, found) in enumerate(providers.items()):
+            both = found.get("forward+backward", {})
+            times = [found.get(mode, {}).get("ms") for mode in ("forward", "eval")]
+            spread = f" ({number(both['ms_p20'])} to {number(both['ms_p80'])})" if both else ""
+            lines.append(
+                ["" if place else shape, provider, number(both.get("ms")) + spread,
+                 number(both.get("percent_of_floor"), " %"), *map(number, times), number(both.get("memory_mib")),
+                 f"{both['gradient_error']:.0e}" if both else ""]
+            )  # fmt: skip
+    yield from section(KERNELS[subject], head, lines)
+    yield from missing(own) if lines else ()
 
 
 def steps(rows: list[Row]) -> Iterator[str]:
     own = [r for r in rows if r["subject"] == "training_step" and r["status"] == "ok"]
-    if not own:
-        return
-    yield "#### Training steps"
-    yield ""
     lines = [
         [r["shape"]["method"], r["provider"], f"{number(r['ms'])} ({number(r['ms_p20'])} to {number(r['ms_p80'])})",
          number(r["tokens_per_s"]), number(r["memory_mib"]),
          number(100 * r["share_beyond_models"], " %") if "share_beyond_models" in r else ""]
         for r in own
     ]  # fmt: skip
-    yield from table(["method", "by", "ms", "tokens / s", "MiB", "beyond the models"], lines)
+    yield from section("Training steps", ["method", "by", "ms", "tokens / s", "MiB", "beyond the models"], lines)
 
 
 def limits(rows: list[Row]) -> Iterator[str]:
@@ -122,10 +118,8 @@ def limits(rows: list[Row]) -> Iterator[str]:
          number(r["memory_mib"]), r["stopped"]]
         for r in own if r["status"] == "ok"
     ]  # fmt: skip
-    if lines:
-        yield "#### How far it goes"
-        yield ""
-        yield from table(["subject", "by", "largest that fitted", "MiB there", "stopped because"], lines)
+    head = ["subject", "by", "largest that fitted", "MiB there", "stopped because"]
+    yield from section("How far it goes", head, lines)
 
 
 def data_path(rows: list[Row]) -> Iterator[str]:
@@ -135,10 +129,7 @@ def data_path(rows: list[Row]) -> Iterator[str]:
          number(100 * r["fill"], " %") if "fill" in r else ""]
         for r in own
     ]  # fmt: skip
-    if lines:
-        yield "#### Data path"
-        yield ""
-        yield from table(["step", "by", "ms", "rate", "full"], lines)
+    yield from section("Data path", ["step", "by", "ms", "rate", "full"], lines)
 
 
 def markdown(path: Path) -> str:
@@ -163,15 +154,16 @@ def markdown(path: Path) -> str:
 def changes(before: Path, after: Path) -> str:
     """Forward + backward of what both files have, side by side."""
 
-    def measured(path: Path) -> dict[tuple[str, str, str], Row]:
-        rows = (r for r in read(path) if r["status"] == "ok" and r.get("mode") == "forward+backward")
-        return {(r["subject"], shape_name(r["shape"]), r["provider"]): r for r in rows}
+    def measured(path: Path) -> dict[tuple[str, str, Provider], Row]:
+        rows = [(r, named(r["provider"])) for r in read(path) if r["status"] == "ok"]
+        rows = [(r, who) for r, who in rows if r.get("mode") == "forward+backward" and who.role == "rival"]
+        return {(r["subject"], shape_name(r["shape"]), who): r for r, who in rows}
 
     old, new = measured(before), measured(after)
+    pairs = [(*key[:2], old[key], new[key]) for key in old if key in new]
     lines = [
-        [*key, number(row["ms"]), number(new[key]["ms"]), number(row["memory_mib"]), number(new[key]["memory_mib"])]
-        for key, row in old.items()
-        if key in new
+        [subject, shape, b["provider"], *map(number, (b["ms"], a["ms"], b["memory_mib"], a["memory_mib"]))]
+        for subject, shape, b, a in pairs
     ]
     head = ["subject", "shape", "by", "before, ms", "after, ms", "before, MiB", "after, MiB"]
     return "\n".join(table(head, lines)).strip() + "\n"

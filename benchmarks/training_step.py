@@ -6,7 +6,7 @@ the reference formulation of the papers' code (every teacher runs on every sampl
 
 import gc
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from measure import Settings, failures_as_rows, quantiles, relative_error, sample_ms
 from memory import peak_mib
+from providers import PROVIDERS
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,7 +99,6 @@ def make_batch(size: Size, domain: float, settings: Settings) -> Batch:
 def kit(module: InstructionModule) -> Loss:
     def loss(batch: Batch) -> Tensor:
         terms = module.losses(batch)
-        module.on_train_batch_end()
         return sum(term.weight * term.total for term in terms.values() if term.weight) / count_targets(batch)  # type: ignore[return-value]
 
     return loss
@@ -192,7 +192,7 @@ def reference_dae(models: Callable[..., Any]) -> Loss:
     return loss
 
 
-def models_alone(models: Callable[..., Any], teacher: bool) -> Loss:
+def models_alone(models: Callable[..., Any], teacher: bool = True) -> Loss:
     """No loss at all: student forward and backward, the teacher forward once. What no loss code can undercut."""
     student = models("student").model
     frozen = models("teacher").model if teacher else None
@@ -208,38 +208,31 @@ def models_alone(models: Callable[..., Any], teacher: bool) -> Loss:
 
 class Method(NamedTuple):
     name: str
-    ways: dict[str, Callable[[Callable[..., Any]], Loss]]
+    ways: dict[str, Callable[[Callable[..., Any]], Loss]]  # by the provider's key
     domain: float = 0.0
+    teacher: bool = True
 
 
-def _kd_every_fourth(models: Callable[..., Any]) -> Loss:
-    return kit_kd(models, "every:4")
-
-
-def _kd_attention(models: Callable[..., Any]) -> Loss:
-    return kit_kd(models, "all")
-
-
-OURS, EAGER, REFERENCE, ALONE = "lightning_itk", "eager, TRL-style", "reference formulation", "models alone"
-DAE = {OURS: kit_dae, REFERENCE: reference_dae}
+DAE = {"kit": kit_dae, "papers": reference_dae}
 METHODS = [
-    Method("kd", {ALONE: lambda m: models_alone(m, True), OURS: kit_kd, EAGER: eager_kd}),
-    Method("kd + attention", {OURS: _kd_attention, REFERENCE: reference_kd_attention}),
+    Method("kd", {"models": models_alone, "kit": kit_kd, "eager-step": eager_kd}),
+    Method("kd + attention", {"kit": partial(kit_kd, layers="all"), "papers": reference_kd_attention}),
     Method("dae 50 %", DAE, 0.5),
-    Method("kd + attention, every 4th layer", {OURS: _kd_every_fourth}),
-    Method("sft", {ALONE: lambda m: models_alone(m, False), OURS: kit_sft, EAGER: eager_sft}),
+    Method("kd + attention, every 4th layer", {"kit": partial(kit_kd, layers="every:4")}),
+    Method(
+        "sft", {"models": partial(models_alone, teacher=False), "kit": kit_sft, "eager-step": eager_sft}, teacher=False
+    ),
     Method("dae 10 %", DAE, 0.1),
     Method("dae 90 %", DAE, 0.9),
 ]
 
 
 @cache
-def disagreement(name: str) -> float | None:
+def disagreement(number: int) -> float | None:
     """Relative difference between the student's gradients of the two ways of writing a method, on a tiny model."""
-    settings = Settings(device="cpu", tiny=True)
-    method = next(method for method in METHODS if method.name == name)
+    settings, method = Settings(device="cpu", tiny=True), METHODS[number]
     gradients = []
-    for way in (way for who, way in method.ways.items() if who != ALONE):
+    for way in (way for key, way in method.ways.items() if PROVIDERS[key].role == "rival"):
         made: dict[str, Any] = {}
         loss = way(lambda *args, made=made: made.setdefault(args[0], build(TINY, args[0], settings, *args[1:])))
         loss(make_batch(TINY, method.domain, settings)).backward()
@@ -249,38 +242,34 @@ def disagreement(name: str) -> float | None:
 
 
 def run(settings: Settings) -> None:
-    size = TINY if settings.tiny else FULL if settings.device == "cuda" else CPU
+    size = settings.pick(TINY, CPU, FULL)
     shape = {"batch": size.batch, "length": size.length, "vocab": size.vocab}
-    shape |= {
-        "student": "x".join(map(str, size.student.values())),
-        "teacher": "x".join(map(str, size.teacher.values())),
-    }
+    shape |= {name: "x".join(map(str, getattr(size, name).values())) for name in ("student", "teacher")}
     alone: dict[bool, float] = {}
     for method in METHODS:
         base = {"subject": "training_step", "mode": "step", "dtype": str(size.dtype).removeprefix("torch.")}
         base["shape"] = {"method": method.name, **shape}
         if settings.over:
-            settings.add(**base, provider="*", status="skipped", reason="time budget")
+            settings.add(**base, provider="all", status="skipped", reason="time budget")
             continue
-        error = disagreement("dae 50 %" if method.ways is DAE else method.name)
+        # Methods that differ in the experts' share only are compared once.
+        error = disagreement(next(i for i, first in enumerate(METHODS) if first.ways is method.ways))
         if error is not None and not error < 1e-3:
             reason = f"the ways of writing it disagree: gradients differ by {error:.1e}"
-            settings.add(**base, provider="*", status="wrong", reason=reason, gradient_error=error)
+            settings.add(**base, provider="all", status="wrong", reason=reason, gradient_error=error)
             continue
         batch = make_batch(size, method.domain, settings)
         real = int((batch["sample_ids"] >= 0).sum())
-        for name, way in method.ways.items():
-            with failures_as_rows(settings, {**base, "provider": name}):
+        for key, way in method.ways.items():
+            row = {**base, "provider": key}
+            with failures_as_rows(settings, row):
                 found = _time(way, size, batch, settings)
-                with_teacher = method.name != "sft"
-                if name == ALONE:
-                    alone[with_teacher] = found["ms"]
-                elif with_teacher in alone:
-                    found["share_beyond_models"] = 1 - alone[with_teacher] / found["ms"]
+                if PROVIDERS[key].role == "yardstick":
+                    alone[method.teacher] = found["ms"]
+                elif method.teacher in alone:
+                    found["share_beyond_models"] = 1 - alone[method.teacher] / found["ms"]
                 tokens_per_second = 1e3 * real / found["ms"]
-                settings.add(
-                    **base, provider=name, status="ok", **found, tokens_per_s=tokens_per_second, gradient_error=error
-                )
+                settings.add(**row, status="ok", **found, tokens_per_s=tokens_per_second, gradient_error=error)
             gc.collect()
             if settings.device == "cuda":
                 torch.cuda.empty_cache()

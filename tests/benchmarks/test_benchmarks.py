@@ -1,10 +1,13 @@
 """The benchmarks run in their tiny form, refuse to time what is wrong, and their results can be read and drawn."""
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import linear_kl  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
+import providers  # noqa: E402
 import run  # noqa: E402
 
 SUBJECTS = list(run.SUBJECTS)
@@ -42,7 +46,7 @@ def test_subject_in_tiny_form(results, subject):
     rows = read(results(subject))
     bad = [(r["provider"], r["status"], r.get("reason")) for r in rows if r["status"] not in STATUSES]
     assert not bad
-    ours = [r for r in rows if r["status"] == "ok" and r["provider"].startswith("lightning_itk")]
+    ours = [r for r in rows if r["status"] == "ok" and providers.named(r["provider"]).ours]
     assert ours
     for row in rows:
         assert row["subject"].endswith(subject) or row["subject"].startswith(subject)
@@ -85,13 +89,113 @@ def test_tables_hold_every_subject(results, tmp_path):
     assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
 
 
-def rows_of(**providers) -> dict[str, list[dict]]:
-    settings = measure.Settings(samples=1, warmup=0, tiny=True)
-    measure.measure(linear_kl.problem(linear_kl.TINY[0], torch.float32, "cpu"), providers, settings)
-    return {name: [row for row in settings.rows if row["provider"] == name] for name in providers}
+@pytest.fixture
+def rename(monkeypatch):
+    """`rename()` gives every provider another name; returns what puts the names of a CPU back into a text."""
+
+    def renamed():
+        known = dict(providers.PROVIDERS)
+        for key, record in known.items():
+            other = dataclasses.replace(record, shown=f"<{key}>", shown_on_cpu=None)
+            monkeypatch.setitem(providers.PROVIDERS, key, other)
+
+        def back(text: str) -> str:
+            for key, record in known.items():
+                text = text.replace(f"<{key}>", record.name("cpu"))
+            return text
+
+        return back
+
+    return renamed
 
 
-def test_a_wrong_implementation_gets_no_number():
+def test_keys_and_names_are_unambiguous():
+    records = providers.RECORDS
+    names = [name for p in records for name in (p.shown, p.shown_on_cpu) if name]
+    assert len(names) == len(set(names))
+    assert len({p.key for p in records}) == len(records)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_run_depends_on_no_name(results, rename, monkeypatch, tmp_path, subject):
+    """Who takes part, what is measured of whom and in which order: the same under other names."""
+
+    def decided(text: str) -> list[tuple]:
+        rows = [json.loads(line) for line in text.splitlines()]
+        said = ("subject", "provider", "mode", "shape", "dtype", "status", "reason")
+        return [({k: row.get(k) for k in said}, list(row), row.get("memory_mib") is None) for row in rows]
+
+    before = results(subject).read_text()
+    back = rename()
+    monkeypatch.setattr("gc.collect", lambda: None)  # takes longer than the tiny steps
+    after = run.main(["--tiny", "--only", subject, "--output", str(tmp_path)]).read_text()
+    assert after != back(after)
+    assert decided(back(after)) == decided(before)
+
+
+def test_tables_and_pictures_depend_on_no_name(rename, tmp_path):
+    """The rows of the report, and some about nobody, under other names: the same text, bars, lines and colours."""
+    import pictures
+    import tables
+
+    rows = pictures.read(BENCHMARKS / "results" / "2026-11-21-amd-epyc-cpu.jsonl")
+    for key, subject in [("all", "training_step"), *((k, s) for k in ("all", "reference") for s in tables.KERNELS)]:
+        like = next(row for row in rows if row["subject"] == subject)
+        shown = providers.PROVIDERS[key].shown
+        rows.append({**like, "provider": shown, "mode": "*", "status": "skipped", "reason": "nobody"})
+    keys = [providers.named(row["provider"]).key for row in rows]
+    assert set(keys) <= set(providers.PROVIDERS)
+
+    def figures():
+        kernels = [pictures.kernels(rows, subject) for subject in tables.KERNELS]
+        for figure in (pictures.accuracy(rows), pictures.steps(rows), pictures.limits(rows), *kernels):
+            for axis in figure.axes:
+                texts = [*axis.texts, *axis.get_yticklabels(), *(axis.legend_.texts if axis.legend_ else ())]
+                yield [text.get_text() for text in texts]
+                yield [(bar.get_facecolor(), bar.get_y(), bar.get_width()) for bar in axis.patches]
+                yield [(x.get_color(), x.get_linewidth(), x.get_marker(), x.get_xydata().tolist()) for x in axis.lines]
+            pictures.plt.close(figure)
+
+    def everything() -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return tables.markdown(path) + tables.changes(path, path) + json.dumps(list(figures()), default=float)
+
+    before = everything()
+    back = rename()
+    for key, row in zip(keys, rows, strict=True):
+        row["provider"] = providers.PROVIDERS[key].shown
+    assert back(everything()) == before
+    assert "nobody" not in before
+
+
+@pytest.mark.parametrize(("device", "slow"), [("cpu", {"compile"}), ("cuda", {"compile", "chunked"})])
+def test_what_compiles_for_minutes_takes_part_where_a_problem_says_so(rename, monkeypatch, device, slow):
+    rename()  # whatever it is called
+    taking_part = {}
+    monkeypatch.setattr(measure, "measure", lambda one, makers, _: taking_part.update({one.compiled: set(makers)}))
+    settings = measure.Settings(device=device)
+    makers = linear_kl.providers(settings)
+    measure.measure_all(lambda shape, *_: SimpleNamespace(compiled=shape), (True, False), makers, settings)
+    assert taking_part == {True: set(makers), False: set(makers) - slow}
+
+
+@pytest.fixture
+def rows_of(monkeypatch):
+    """`rows_of(key=make, …)` -> the rows of each, in a tiny problem or in the one given."""
+
+    def measured(problem=None, **makers) -> dict[str, list[dict]]:
+        for key in makers:
+            monkeypatch.setitem(providers.PROVIDERS, key, providers.Provider(key, key))
+        settings = measure.Settings(samples=1, warmup=0, tiny=True)
+        problem = problem or linear_kl.problem(linear_kl.TINY[0], torch.float32, "cpu")
+        measure.measure(problem, makers, settings)
+        return {key: [row for row in settings.rows if row["provider"] == key] for key in makers}
+
+    return measured
+
+
+def test_a_wrong_implementation_gets_no_number(rows_of):
     right = linear_kl.eager_loss
 
     def changed(change):
@@ -115,7 +219,7 @@ def test_a_wrong_implementation_gets_no_number():
     assert found["gradient"][0]["reason"].startswith("gradient_error")
 
 
-def test_an_error_in_the_last_rows_of_the_full_size_is_seen(monkeypatch):
+def test_an_error_in_the_last_rows_of_the_full_size_is_seen(rows_of):
     shape = linear_kl.Shape(600, 8, 8, 50)
     problem = linear_kl.problem(shape, torch.float32, "cpu")
     right = linear_kl.eager_loss(problem)
@@ -125,13 +229,12 @@ def test_an_error_in_the_last_rows_of_the_full_size_is_seen(monkeypatch):
         kept["labels"][500:] = -100
         return right(kept)
 
-    settings = measure.Settings(samples=1, warmup=0, tiny=True)
-    measure.measure(problem, {"overflow": lambda _: loses_rows}, settings)
-    assert settings.rows[0]["status"] == "wrong"
-    assert settings.rows[0]["reason"].startswith("gradient_error_full")
+    row = rows_of(problem, overflow=lambda _: loses_rows)["overflow"][0]
+    assert row["status"] == "wrong"
+    assert row["reason"].startswith("gradient_error_full")
 
 
-def test_what_goes_wrong_becomes_a_row():
+def test_what_goes_wrong_becomes_a_row(rows_of):
     def missing(_):
         raise ImportError("No module named 'peer'")
 
@@ -218,6 +321,6 @@ def test_subject_in_tiny_form_on_a_gpu(subject):
 
     settings = measure.Settings(device="cuda", samples=2, warmup=1, tiny=True)
     importlib.import_module(subject).run(settings)
-    ours = [r for r in settings.rows if r["provider"].startswith("lightning_itk")]
+    ours = [r for r in settings.rows if providers.named(r["provider"]).ours]
     assert ours
     assert all(r["status"] == "ok" for r in ours), [(r["provider"], r.get("reason")) for r in ours]
