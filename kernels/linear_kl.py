@@ -174,8 +174,9 @@ def linear_loss(
     }
     d_hidden, d_weight, d_bias = _empty_gradients(hidden, weight, bias, want_hidden, want_weight, want_bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        if not (want_hidden or want_weight or want_bias):
+        if n == 0 or not (want_hidden or want_weight or want_bias):
             ce, kl = evaluate((hidden, weight, bias), teacher, labels, **options)
+            d_weight.zero_()
         else:
             ce = torch.empty(n, dtype=torch.float32, device=hidden.device)
             kl = torch.empty_like(ce)

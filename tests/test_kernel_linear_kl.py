@@ -172,6 +172,23 @@ def test_all_rows_ignored():
 
 
 @inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_rows(dtype):
+    """Callers drop ignored rows first, so a batch without responses arrives as zero rows."""
+    h, labels = heads(n=0, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+    leaves = [x.clone().requires_grad_() for x in (*h[:2], torch.zeros(75, dtype=dtype))]
+    bias = leaves[2]
+    for loss in (
+        linear_kl_divergence(*leaves[:2], *h[2:], labels, student_bias=bias, ce_weight=0.5)[0],
+        linear_kl_divergence(*leaves[:2], *h[2:], student_bias=bias, kind="jsd", max_scratch_bytes=1)[0],
+        linear_cross_entropy(*leaves[:2], labels, bias=bias),
+    ):
+        gradients = torch.autograd.grad(loss * 2, leaves)
+        assert loss.item() == 0
+        assert all(torch.equal(g, torch.zeros_like(x)) for g, x in zip(gradients, leaves, strict=True))
+
+
+@inside
 @pytest.mark.parametrize("trained", [0, 1])
 def test_only_what_trains_gets_a_gradient(trained):
     h = heads(n=4)
