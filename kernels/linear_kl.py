@@ -1,15 +1,17 @@
 """KL and cross-entropy between a student's and a teacher's head, from hidden states, without holding the logits.
 
-Training walks the tokens in chunks: two GEMMs write fp32 logits, `rows.py` turns them into losses and dlogits, and the
-gradients are finished in the forward pass (the loss is a sum, so backward only multiplies by one scalar). Without
-gradients `linear_eval.py` runs instead and keeps no logits at all. README.md has the maths and the memory.
+Training walks the tokens in chunks (`chunks.py`): two GEMMs write fp32 logits, `rows.py` turns them into losses and
+dlogits, and the gradients are finished in the forward pass (the loss is a sum, so backward only multiplies by one
+scalar). Without gradients `linear_eval.py` runs instead and keeps no logits at all. README.md has the maths.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .chunks import plan_chunks
 from .gemm import matmul
 from .launch import KINDS, require
 from .linear_eval import evaluate
@@ -157,8 +159,8 @@ def linear_loss(
     max_scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, CE sum, KL sum, and the gradients of the loss by hidden, weight and bias (empty where not wanted)."""
-    n, width = hidden.shape
     v = weight.shape[0] if teacher_weight is None else min(weight.shape[0], teacher_weight.shape[0])
+    student: Head = (hidden, weight, bias)
     teacher: Head | None = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden, teacher_weight, teacher_bias)
@@ -172,67 +174,16 @@ def linear_loss(
         "student_cap": student_cap,
         "teacher_cap": teacher_cap,
     }
-    d_hidden, d_weight, d_bias = _empty_gradients(hidden, weight, bias, want_hidden, want_weight, want_bias)
+    wanted = (want_hidden, want_weight, want_bias)
+    gradients = _empty_gradients(hidden, weight, bias, *wanted)
     with torch.autocast(hidden.device.type, enabled=False):
-        if not (want_hidden or want_weight or want_bias):
-            ce, kl = evaluate((hidden, weight, bias), teacher, labels, **options)
+        if hidden.shape[0] == 0 or not any(wanted):
+            ce, kl = evaluate(student, teacher, labels, **options)
+            gradients[1].zero_()
         else:
-            ce = torch.empty(n, dtype=torch.float32, device=hidden.device)
-            kl = torch.empty_like(ce)
-            # fp16 loses dlogits below 6e-8, so they are stored in units that put the largest near 1000.
-            unit = 1.0
-            if hidden.dtype == torch.float16:
-                unit = max(abs(kl_weight) * temperature, abs(ce_weight)) * abs(student_scale) / 1024 or 1.0
-            item = hidden.element_size()
-            keep = want_weight and (n * item <= 4 * width or n * v * item <= max_scratch_bytes // 2)
-            budget = max_scratch_bytes - (n * v * item if keep and n * item > 4 * width else 0)
-            columns = -(-v // 16) * 16  # aligned rows, so that GEMMs and the row kernel use wide accesses
-            per_row = columns * (4 + 4 * (teacher is not None) + (0 if keep else item))
-            rows = _chunk_rows(n, per_row, budget)
-            z_s = torch.empty(rows, columns, dtype=torch.float32, device=hidden.device)
-            z_t = torch.empty_like(z_s) if teacher is not None else None
-            dz = torch.empty(n if keep else rows, columns, dtype=hidden.dtype, device=hidden.device)
-            d_weight_sum = (
-                d_weight[:v] if keep or not want_weight else d_weight.new_empty(v, width, dtype=torch.float32)
+            ce, kl = _losses_and_gradients(
+                student, teacher, labels, options, ce_weight, kl_weight, wanted, gradients, max_scratch_bytes
             )
-            for start in range(0, n, rows):
-                chunk = slice(start, min(start + rows, n))
-                size = chunk.stop - start
-                part = dz[chunk] if keep else dz[:size]
-                matmul(hidden[chunk], weight[:v].t(), z_s[:size, :v])
-                if teacher is not None and z_t is not None:
-                    matmul(teacher[0][chunk], teacher[1][:v].t(), z_t[:size, :v])
-                token_loss(
-                    z_s[:size],
-                    None if z_t is None else z_t[:size],
-                    None if labels is None else labels[chunk],
-                    student_bias=bias,
-                    teacher_bias=teacher_bias,
-                    kl_weight=kl_weight / unit,
-                    ce_weight=ce_weight / unit,
-                    kl=None if teacher is None else kl[chunk],
-                    ce=None if labels is None else ce[chunk],
-                    grad=part,
-                    readable=columns,
-                    **options,
-                )
-                part = part[:, :v]
-                if want_hidden and not keep:
-                    matmul(part, weight[:v], d_hidden[chunk], unit, wide=True)
-                if want_weight and not keep:
-                    matmul(part.t(), hidden[chunk], d_weight_sum, accumulate=start > 0)
-                if want_bias:
-                    total = part.sum(0, dtype=torch.float32)
-                    d_bias[:v] = total if start == 0 else d_bias[:v] + total
-            if keep:  # one GEMM each: no pass over the weight or its gradient per chunk
-                if want_hidden:
-                    matmul(dz[:, :v], weight[:v], d_hidden, unit, wide=True)
-                matmul(dz[:, :v].t(), hidden, d_weight_sum, unit)
-            elif want_weight:
-                d_weight[:v] = d_weight_sum if unit == 1 else d_weight_sum.mul_(unit)
-            d_weight[v:].zero_()
-            if want_bias:
-                d_bias *= unit
         ce_sum = ce.sum() if labels is not None else hidden.new_zeros((), dtype=torch.float32)
         kl_sum = kl.sum() if teacher is not None else hidden.new_zeros((), dtype=torch.float32)
         loss = torch.zeros_like(ce_sum)
@@ -240,7 +191,77 @@ def linear_loss(
             loss = loss + kl_weight * kl_sum
         if labels is not None and ce_weight != 0:
             loss = loss + ce_weight * ce_sum
-    return loss, ce_sum, kl_sum, d_hidden, d_weight, d_bias
+    return loss, ce_sum, kl_sum, *gradients
+
+
+def _losses_and_gradients(
+    student: Head,
+    teacher: Head | None,
+    labels: Tensor | None,
+    options: dict[str, Any],
+    ce_weight: float,
+    kl_weight: float,
+    wanted: tuple[bool, bool, bool],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    max_scratch_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [N] and T² · KL [N]; fills the wanted ones of d_hidden [N, H], d_weight [V, H] and d_bias [V]."""
+    hidden, weight, bias = student
+    want_hidden, want_weight, want_bias = wanted
+    d_hidden, d_weight, d_bias = gradients
+    (n, width), v, item = hidden.shape, options["v"], hidden.element_size()
+    rows, columns, keep = plan_chunks(
+        n, v, width, item, teacher=teacher is not None, trains_head=want_weight, max_scratch_bytes=max_scratch_bytes
+    )
+    # fp16 loses dlogits below 6e-8, so they are stored in units that put the largest near 1000.
+    unit = 1.0
+    if hidden.dtype == torch.float16:
+        largest = max(abs(kl_weight) * options["temperature"], abs(ce_weight)) * abs(options["student_scale"])
+        unit = largest / 1024 or 1.0
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    heads = (student,) if teacher is None else (student, teacher)
+    logits = [empty(rows, columns) for _ in heads]
+    dlogits = empty(n if keep else rows, columns, dtype=hidden.dtype)
+    accumulator = empty(v, width) if want_weight and not keep else None
+    ce, kl = empty(n), empty(n)
+
+    for start in range(0, n, rows):
+        chunk = slice(start, min(start + rows, n))
+        size = chunk.stop - start
+        for (x, w, _), z in zip(heads, logits, strict=True):
+            matmul(x[chunk], w[:v].t(), z[:size, :v])
+        dz = dlogits[chunk] if keep else dlogits[:size]
+        token_loss(
+            logits[0][:size],
+            None if teacher is None else logits[1][:size],
+            None if labels is None else labels[chunk],
+            student_bias=bias,
+            teacher_bias=None if teacher is None else teacher[2],
+            kl_weight=kl_weight / unit,
+            ce_weight=ce_weight / unit,
+            kl=None if teacher is None else kl[chunk],
+            ce=None if labels is None else ce[chunk],
+            grad=dz,
+            readable=columns,
+            **options,
+        )
+        dz = dz[:, :v]
+        if want_bias:
+            d_bias[:v] += dz.sum(0, dtype=torch.float32)
+        if want_hidden and not keep:
+            matmul(dz, weight[:v], d_hidden[chunk], unit, wide=True)
+        if accumulator is not None:
+            matmul(dz.t(), hidden[chunk], accumulator, accumulate=start > 0)
+
+    if keep and want_hidden:
+        matmul(dlogits[:, :v], weight[:v], d_hidden, unit, wide=True)
+    if keep:
+        matmul(dlogits[:, :v].t(), hidden, d_weight[:v], unit)
+    elif accumulator is not None:
+        d_weight[:v] = accumulator if unit == 1 else accumulator.mul_(unit)
+    d_weight[v:].zero_()
+    d_bias *= unit
+    return ce, kl
 
 
 def _empty_gradients(
@@ -283,10 +304,3 @@ def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
 
 
 linear_loss.register_autograd(_backward, setup_context=_setup)
-
-
-def _chunk_rows(n: int, bytes_per_row: int, budget: int) -> int:
-    """Rows per chunk: the fewest chunks that fit the budget, of equal size, a multiple of 128 (at least 128)."""
-    most = max(128, budget // bytes_per_row // 128 * 128)
-    chunks = max(1, -(-n // most))
-    return min(max(n, 1), -(-n // chunks // 128) * 128)

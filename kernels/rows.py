@@ -14,14 +14,18 @@ from .launch import FORWARD, JSD, KINDS, LN2, LOG2E, LOWEST, NONE, REVERSE, arch
 
 
 @triton.jit
-def load_logits(ptr, bias_ptr, cols, v, readable, scale, cap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """One block of a row as fp32 logits: softcap(scale · (z + bias)), -inf past the end of the vocabulary."""
+def load_logits(model, cols):
+    """fp32 logits of one row at `cols`: softcap(scale · (z + bias)), -inf past the end of the vocabulary.
+
+    `model` is (row, bias or None, scale, cap or None, v, readable), as `token_loss_kernel` makes it.
+    """
+    row_ptr, bias_ptr, scale, cap, v, readable = model
     inside = cols < v
-    z = tl.load(ptr + cols, mask=cols < readable, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    z = tl.load(row_ptr + cols, mask=cols < readable, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     z *= scale
-    if HAS_CAP:
+    if cap is not None:
         z = soft_cap(z, cap)
     return tl.where(inside, z, float("-inf"))
 
@@ -33,7 +37,82 @@ def log_ratio(lp, lq):
 
 
 @triton.jit
-def token_loss_kernel(
+def running_sums(
+    student, teacher, lanes, v, to_log2, temperature, KIND: tl.constexpr, HAS_CE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Pass 1: log2-sum-exps of the student, the teacher and the student at temperature 1, and the KL in bits."""
+    m_s = LOWEST + 0.0  # running maxima m, sums l, and `a`, the shifted accumulator of Σ p · (log2 p/q)
+    m_t = LOWEST + 0.0
+    l_s = 0.0
+    l_t = 0.0
+    l_1 = 0.0
+    a = 0.0
+    for start in range(0, v, BLOCK):
+        x_s = to_log2 * load_logits(student, start + lanes)
+        new_s = tl.maximum(m_s, tl.max(x_s, 0))
+        d_s = new_s - m_s
+        u_s = x_s - new_s
+        e_s = tl.exp2(u_s)
+        if KIND != NONE:
+            x_t = to_log2 * load_logits(teacher, start + lanes)
+            new_t = tl.maximum(m_t, tl.max(x_t, 0))
+            d_t = new_t - m_t
+            u_t = x_t - new_t
+            e_t = tl.exp2(u_t)
+            if KIND == FORWARD:
+                a = tl.exp2(-d_t) * (a - l_t * (d_t - d_s)) + tl.sum(tl.where(e_t > 0, e_t * (u_t - u_s), 0.0), 0)
+            if KIND == REVERSE:
+                a = tl.exp2(-d_s) * (a - l_s * (d_s - d_t)) + tl.sum(tl.where(e_s > 0, e_s * (u_s - u_t), 0.0), 0)
+            l_t = tl.exp2(-d_t) * l_t + tl.sum(e_t, 0)
+            m_t = new_t
+            if HAS_CE:  # cross-entropy is at temperature 1, where the maximum is T · m_s
+                l_1 = tl.exp2(-d_s * temperature) * l_1 + tl.sum(tl.exp2(u_s * temperature), 0)
+        l_s = tl.exp2(-d_s) * l_s + tl.sum(e_s, 0)
+        m_s = new_s
+    lse_s = m_s + tl.log2(l_s)
+    lse_t = 0.0
+    lse_1 = lse_s  # without a KL the temperature is 1
+    kl = 0.0
+    if KIND != NONE:
+        lse_t = m_t + tl.log2(l_t)
+        if HAS_CE:
+            lse_1 = m_s * temperature + tl.log2(l_1)
+    if KIND == FORWARD:
+        kl = a / l_t - tl.log2(l_t) + tl.log2(l_s)
+    if KIND == REVERSE:
+        kl = a / l_s - tl.log2(l_s) + tl.log2(l_t)
+    return lse_s, lse_t, lse_1, kl
+
+
+@triton.jit
+def mixture_sums(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK: tl.constexpr):
+    """Pass 2 of JSD: KL(p || m) and KL(q || m) in bits. Both sums must be known before the mixture m is."""
+    to_teacher = 0.0
+    to_student = 0.0
+    for start in range(0, v, BLOCK):
+        lq = -lse_s + to_log2 * load_logits(student, start + lanes)
+        lp = -lse_t + to_log2 * load_logits(teacher, start + lanes)
+        d = log_ratio(lp, lq)
+        to_teacher -= tl.sum(tl.exp2(lp) * tl.log2(beta + (1 - beta) * tl.exp2(-d)), 0)
+        to_student -= tl.sum(tl.exp2(lq) * tl.log2((1 - beta) + beta * tl.exp2(d)), 0)
+    return to_teacher, to_student
+
+
+@triton.jit
+def divergence_gradient(q, lq, lp, row_constant, factor, beta, KIND: tl.constexpr):
+    """factor · gradient by a = z_s / T; `row_constant` is L or KL(q || m), all logarithms are to base 2."""
+    if KIND == FORWARD:
+        gradient = factor * (q - tl.exp2(lp))
+    elif KIND == REVERSE:
+        gradient = factor * tl.where(q > 0, (q * LN2) * (lq - lp - row_constant), 0.0)
+    else:
+        away = -tl.log2((1 - beta) + beta * tl.exp2(log_ratio(lp, lq))) - row_constant
+        gradient = q * away * (factor * (1 - beta) * LN2)
+    return gradient
+
+
+@triton.jit
+def token_loss_kernel(  # an argument that is None takes no part
     student_ptr,  # [N, V] logits of the student, before scale, bias and cap
     teacher_ptr,  # [N, Vt]
     student_bias_ptr,  # [V]
@@ -60,190 +139,75 @@ def token_loss_kernel(
     kl_weight,
     ce_weight,
     KIND: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
-    HAS_CE: tl.constexpr,
-    LOAD_STATS: tl.constexpr,
-    SAVE_STATS: tl.constexpr,
-    GRAD: tl.constexpr,
+    LOAD_STATS: tl.constexpr,  # read stats instead of writing them
     CE_GRAD: tl.constexpr,
-    STUDENT_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    student_ptr += row * student_stride
-    teacher_ptr += row * teacher_stride
-    grad_ptr += row * grad_stride
-    lanes = tl.arange(0, BLOCK)
-    to_log2 = (1.0 / temperature) * LOG2E
-
+    lanes = tl.arange(0, BLOCK)  # one for every pass: a range of its own costs the gradient 11 registers
     label = 0
-    if HAS_LABELS:
+    if grad_ptr is not None:
+        grad_ptr += row * grad_stride
+    if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         if label == -100:
             if not LOAD_STATS:
-                if KIND != NONE:
+                if kl_ptr is not None:
                     tl.store(kl_ptr + row, 0.0)
-                if HAS_CE:
+                if ce_ptr is not None:
                     tl.store(ce_ptr + row, 0.0)
-            if SAVE_STATS:
-                tl.store(stats_ptr + row * 3 + tl.arange(0, 4), 0.0, mask=tl.arange(0, 4) < 3)
-            if GRAD:
+                if stats_ptr is not None:
+                    tl.store(stats_ptr + row * 3 + tl.arange(0, 4), 0.0, mask=tl.arange(0, 4) < 3)
+            if grad_ptr is not None:
                 for start in range(0, grad_v, BLOCK):
                     cols = start + lanes
                     tl.store(grad_ptr + cols, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=cols < grad_v)
             return
 
-    # Pass 1: running maxima and sums in the log2 domain; `a` is the shifted accumulator of Σ p · (log2 p/q).
-    lse_s = 0.0
-    lse_t = 0.0
-    lse_1 = 0.0
-    row_constant = 0.0
+    student = (student_ptr + row * student_stride, student_bias_ptr, student_scale, student_cap, v, readable)
+    teacher = student  # not read
+    if KIND != NONE:
+        teacher = (teacher_ptr + row * teacher_stride, teacher_bias_ptr, teacher_scale, teacher_cap, v, readable)
+    to_log2 = (1.0 / temperature) * LOG2E
     if LOAD_STATS:
         lse_s = tl.load(stats_ptr + row * 3)
         lse_t = tl.load(stats_ptr + row * 3 + 1)
         row_constant = tl.load(stats_ptr + row * 3 + 2)
     else:
-        m_s = LOWEST + 0.0
-        m_t = LOWEST + 0.0
-        l_s = 0.0
-        l_t = 0.0
-        l_1 = 0.0
-        a = 0.0
-        for start in range(0, v, BLOCK):
-            cols = start + lanes
-            x_s = to_log2 * load_logits(
-                student_ptr, student_bias_ptr, cols, v, readable, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
-            )
-            new_s = tl.maximum(m_s, tl.max(x_s, 0))
-            d_s = new_s - m_s
-            u_s = x_s - new_s
-            e_s = tl.exp2(u_s)
-            if KIND != NONE:
-                x_t = to_log2 * load_logits(
-                    teacher_ptr,
-                    teacher_bias_ptr,
-                    cols,
-                    v,
-                    readable,
-                    teacher_scale,
-                    teacher_cap,
-                    TEACHER_BIAS,
-                    TEACHER_CAP,
-                )
-                new_t = tl.maximum(m_t, tl.max(x_t, 0))
-                d_t = new_t - m_t
-                u_t = x_t - new_t
-                e_t = tl.exp2(u_t)
-                if KIND == FORWARD:
-                    a = tl.exp2(-d_t) * (a - l_t * (d_t - d_s)) + tl.sum(tl.where(e_t > 0, e_t * (u_t - u_s), 0.0), 0)
-                if KIND == REVERSE:
-                    a = tl.exp2(-d_s) * (a - l_s * (d_s - d_t)) + tl.sum(tl.where(e_s > 0, e_s * (u_s - u_t), 0.0), 0)
-                l_t = tl.exp2(-d_t) * l_t + tl.sum(e_t, 0)
-                m_t = new_t
-                if HAS_CE:  # cross-entropy is at temperature 1, where the maximum is T · m_s
-                    l_1 = tl.exp2(-d_s * temperature) * l_1 + tl.sum(tl.exp2(u_s * temperature), 0)
-            l_s = tl.exp2(-d_s) * l_s + tl.sum(e_s, 0)
-            m_s = new_s
-        lse_s = m_s + tl.log2(l_s)
-        if KIND == NONE:
-            lse_1 = lse_s
-        else:
-            lse_t = m_t + tl.log2(l_t)
-            if HAS_CE:
-                lse_1 = m_s * temperature + tl.log2(l_1)
-        if KIND == FORWARD:
-            row_constant = a / l_t - tl.log2(l_t) + tl.log2(l_s)
-        if KIND == REVERSE:
-            row_constant = a / l_s - tl.log2(l_s) + tl.log2(l_t)
-        kl = row_constant
-        if KIND == JSD:  # both sums must be known before the mixture is
-            to_teacher = 0.0
-            to_student = 0.0
-            for start in range(0, v, BLOCK):
-                cols = start + lanes
-                lq = -lse_s + to_log2 * load_logits(
-                    student_ptr,
-                    student_bias_ptr,
-                    cols,
-                    v,
-                    readable,
-                    student_scale,
-                    student_cap,
-                    STUDENT_BIAS,
-                    STUDENT_CAP,
-                )
-                lp = -lse_t + to_log2 * load_logits(
-                    teacher_ptr,
-                    teacher_bias_ptr,
-                    cols,
-                    v,
-                    readable,
-                    teacher_scale,
-                    teacher_cap,
-                    TEACHER_BIAS,
-                    TEACHER_CAP,
-                )
-                d = log_ratio(lp, lq)
-                to_teacher -= tl.sum(tl.exp2(lp) * tl.log2(beta + (1 - beta) * tl.exp2(-d)), 0)
-                to_student -= tl.sum(tl.exp2(lq) * tl.log2((1 - beta) + beta * tl.exp2(d)), 0)
+        HAS_CE: tl.constexpr = ce_ptr is not None
+        lse_s, lse_t, lse_1, kl = running_sums(student, teacher, lanes, v, to_log2, temperature, KIND, HAS_CE, BLOCK)
+        row_constant = kl
+        if KIND == JSD:
+            to_teacher, to_student = mixture_sums(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK)
             row_constant = to_student
             kl = beta * to_teacher + (1 - beta) * to_student
-        if KIND != NONE:
+        if kl_ptr is not None:
             tl.store(kl_ptr + row, kl * (LN2 * temperature * temperature))
-        if HAS_CE:
-            known = (label >= 0) & (label < v)  # a label outside the vocabulary has probability 0: the loss is inf
-            z = tl.load(student_ptr + label, mask=known, other=0.0).to(tl.float32)
-            if STUDENT_BIAS:
-                z += tl.load(student_bias_ptr + label, mask=known, other=0.0).to(tl.float32)
-            z *= student_scale
-            if STUDENT_CAP:
-                z = soft_cap(z, student_cap)
-            tl.store(ce_ptr + row, lse_1 * LN2 - tl.where(known, z, float("-inf")))
-        if SAVE_STATS:
+        if ce_ptr is not None:  # a label outside the vocabulary has probability 0: the loss is inf
+            z_label = load_logits(student, tl.where(label < 0, v, label))
+            tl.store(ce_ptr + row, lse_1 * LN2 - z_label)
+        if stats_ptr is not None:
             tl.store(stats_ptr + row * 3, lse_s)
             tl.store(stats_ptr + row * 3 + 1, lse_t)
             tl.store(stats_ptr + row * 3 + 2, row_constant)
 
-    # Last pass, from the end of the row backwards: what pass 1 read last is still in L2.
-    if GRAD:
+    if grad_ptr is not None:
         factor = kl_weight * temperature  # T² of the loss, 1/T of the chain rule
-        if HAS_UPSTREAM:
+        if upstream_ptr is not None:
             factor *= tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
         blocks = tl.cdiv(grad_v, BLOCK)
-        for i in range(0, blocks):
+        for i in range(0, blocks):  # from the end of the row backwards: what the last pass read last is still in L2
             cols = (blocks - 1 - i) * BLOCK + lanes
-            z_s = load_logits(
-                student_ptr, student_bias_ptr, cols, v, readable, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP
-            )
-            lq = to_log2 * z_s - lse_s
-            q = tl.exp2(lq)
+            z_s = load_logits(student, cols)
             dz = tl.zeros([BLOCK], tl.float32)
             if KIND != NONE:
-                lp = -lse_t + to_log2 * load_logits(
-                    teacher_ptr,
-                    teacher_bias_ptr,
-                    cols,
-                    v,
-                    readable,
-                    teacher_scale,
-                    teacher_cap,
-                    TEACHER_BIAS,
-                    TEACHER_CAP,
-                )
-            if KIND == FORWARD:
-                dz = factor * (q - tl.exp2(lp))
-            if KIND == REVERSE:
-                dz = factor * tl.where(q > 0, (q * LN2) * (lq - lp - row_constant), 0.0)
-            if KIND == JSD:
-                away = -tl.log2((1 - beta) + beta * tl.exp2(log_ratio(lp, lq))) - row_constant
-                dz = q * away * (factor * (1 - beta) * LN2)
+                lq = to_log2 * z_s - lse_s
+                q = tl.exp2(lq)
+                lp = -lse_t + to_log2 * load_logits(teacher, cols)
+                dz = divergence_gradient(q, lq, lp, row_constant, factor, beta, KIND)
             if CE_GRAD:
                 dz += ce_weight * (tl.exp2(z_s * LOG2E - lse_1) - tl.where(cols == label, 1.0, 0.0))
-            if STUDENT_CAP:
+            if student_cap is not None:
                 ratio = z_s / student_cap
                 dz *= 1.0 - ratio * ratio
             dz = tl.where(cols < v, dz * student_scale, 0.0)
@@ -284,19 +248,9 @@ def token_loss(
     if rows == 0:
         return
     block, warps = row_tile(architecture(student.device))
-    absent = student  # a pointer that a disabled branch never reads
     with guard(student):
         token_loss_kernel[(rows,)](
-            student,
-            absent if teacher is None else teacher,
-            absent if student_bias is None else student_bias,
-            absent if teacher_bias is None else teacher_bias,
-            absent if labels is None else labels,
-            absent if upstream is None else upstream,
-            absent if kl is None else kl,
-            absent if ce is None else ce,
-            absent if stats is None else stats,
-            absent if grad is None else grad,
+            student, teacher, student_bias, teacher_bias, labels, upstream, kl, ce, stats, grad,
             student.stride(0),
             0 if teacher is None else teacher.stride(0),
             0 if grad is None else grad.stride(0),
@@ -306,27 +260,18 @@ def token_loss(
             0 if grad is None else grad.shape[1],
             float(student_scale),
             float(teacher_scale),
-            float(student_cap or 1.0),
-            float(teacher_cap or 1.0),
+            float(student_cap) if student_cap else None,
+            float(teacher_cap) if teacher_cap else None,
             float(temperature),
             float(beta),
             float(kl_weight),
             float(ce_weight),
             KIND=KINDS[kind],
-            HAS_LABELS=labels is not None,
-            HAS_UPSTREAM=upstream is not None,
-            HAS_CE=ce is not None,
             LOAD_STATS=load_stats,
-            SAVE_STATS=stats is not None and not load_stats,
-            GRAD=grad is not None,
             CE_GRAD=grad is not None and ce is not None and ce_weight != 0,
-            STUDENT_BIAS=student_bias is not None,
-            TEACHER_BIAS=teacher_bias is not None,
-            STUDENT_CAP=bool(student_cap),
-            TEACHER_CAP=bool(teacher_cap),
             BLOCK=block,
             num_warps=warps,
-        )
+        )  # fmt: skip
 
 
 def row_strided(x: Tensor) -> Tensor:

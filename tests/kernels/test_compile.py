@@ -137,9 +137,8 @@ def attention_cases(arch: str) -> Iterator[Case]:
 def row_cases(arch: str) -> Iterator[Case]:
     """Plain logits in bf16 (statistics, then gradient) and the chunk of the linear loss with every option."""
     block, warps = launch.row_tile(arch)
-    off = dict.fromkeys(("HAS_UPSTREAM", "HAS_CE", "LOAD_STATS", "SAVE_STATS", "GRAD", "CE_GRAD"), False)
-    off |= dict.fromkeys(("STUDENT_BIAS", "TEACHER_BIAS", "STUDENT_CAP", "TEACHER_CAP"), False)
-    off |= {"HAS_LABELS": True, "BLOCK": block}
+    optional = ["teacher_ptr", "student_bias_ptr", "teacher_bias_ptr", "upstream_ptr", "kl_ptr", "ce_ptr", "stats_ptr"]
+    optional += ["grad_ptr", "student_cap", "teacher_cap"]
     logits = {"student_ptr": "bf16", "teacher_ptr": "bf16", "labels_ptr": "i64", "grad_ptr": "bf16"}
     heads = logits | {
         "student_ptr": "fp32",
@@ -147,17 +146,19 @@ def row_cases(arch: str) -> Iterator[Case]:
         "student_bias_ptr": "bf16",
         "teacher_bias_ptr": "bf16",
     }
-    full = dict.fromkeys(
-        ("HAS_CE", "GRAD", "CE_GRAD", "STUDENT_BIAS", "TEACHER_BIAS", "STUDENT_CAP", "TEACHER_CAP"), True
-    )
+    head = {"student_bias_ptr", "ce_ptr", "grad_ptr", "student_cap"}
+    both = head | {"teacher_ptr", "teacher_bias_ptr", "kl_ptr", "teacher_cap"}
+    sets: list[tuple[str, dict[str, str], set[str], set[str]]] = [("linear none", heads, head, {"CE_GRAD"})]
     for kind in ("forward", "reverse", "jsd"):
-        number = {"KIND": launch.KINDS[kind]}
-        for name, pointers, options in (
-            (f"logits {kind}", logits, {"SAVE_STATS": True}),
-            (f"logits {kind} gradient", logits, {"LOAD_STATS": True, "GRAD": True, "HAS_UPSTREAM": True}),
-            (f"linear {kind}", heads, full),
-        ):
-            yield Case(name, arch, "rows", pointers, off | options | number, warps, 3, False)
+        gradient = {"teacher_ptr", "stats_ptr", "grad_ptr", "upstream_ptr"}
+        sets.append((f"logits {kind}", logits, {"teacher_ptr", "kl_ptr", "stats_ptr"}, set()))
+        sets.append((f"logits {kind} gradient", logits, gradient, {"LOAD_STATS"}))
+        sets.append((f"linear {kind}", heads, both, {"CE_GRAD"}))
+    for name, pointers, given, flags in sets:
+        constants: dict[str, Any] = {key: None for key in optional if key not in given}
+        constants |= {key: key in flags for key in ("LOAD_STATS", "CE_GRAD")}
+        constants |= {"KIND": launch.KINDS[name.split()[1]], "BLOCK": block}
+        yield Case(name, arch, "rows", pointers, constants, warps, 3, False)
 
 
 def eval_cases(arch: str) -> Iterator[Case]:

@@ -1,5 +1,6 @@
 """Linear KL and cross-entropy in the Triton interpreter against fp64 autograd on materialised logits."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from lightning_itk.kernels.chunks import plan_chunks
 from lightning_itk.kernels.launch import INTERPRET
-from lightning_itk.kernels.linear_kl import _chunk_rows, linear_cross_entropy, linear_kl_divergence, linear_loss
+from lightning_itk.kernels.linear_kl import linear_cross_entropy, linear_kl_divergence, linear_loss
 
 pytestmark = pytest.mark.interpret
 inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
@@ -144,17 +146,41 @@ def test_chunks_accumulate_the_weight_gradient():
     check(heads(n=130, v=40, teacher_v=40, width=8, teacher_width=8), labels, scratch=1000, ce_weight=0.5, biases=True)
 
 
-def test_chunks_fit_their_budget():
-    for n, per_row, budget in (
-        (8192, 1_282_560, 2 << 30),
-        (1000, 10, 1 << 20),
-        (1, 8, 1),
-        (5000, 4_000_000, 600 << 20),
+def test_chunks_of_the_worked_example():
+    """The numbers in the docstring of ChunkPlan."""
+    sizes = {"n": 8192, "v": 128_256, "itemsize": 2, "teacher": True, "max_scratch_bytes": 2 << 30}
+
+    def chunks(**head) -> tuple[list[int], bool]:  # type: ignore[no-untyped-def]
+        rows, columns, keep = plan_chunks(**sizes, **head)
+        assert columns == 128_256
+        return [min(rows, 8192 - start) for start in range(0, 8192, rows)], keep
+
+    assert chunks(width=4096, trains_head=True) == ([2048] * 4, True)
+    assert chunks(width=2048, trains_head=True) == ([1664] * 4 + [1536], False)
+    assert chunks(width=2048, trains_head=False) == ([1664] * 4 + [1536], False)
+    assert chunks(width=4096, trains_head=False) == ([1664] * 4 + [1536], False)
+
+
+@pytest.mark.parametrize("scratch", [1, 1 << 20, 600 << 20, 2 << 30])
+@pytest.mark.parametrize("n", [1, 128, 1000, 5000, 8192])
+def test_chunks_fit_their_bound(n, scratch):
+    for v, width, itemsize, teacher, trains in itertools.product(
+        (10, 50257, 151_936), (8, 896, 4096), (2, 4), (False, True), (False, True)
     ):
-        rows = _chunk_rows(n, per_row, budget)
+        rows, columns, keep = plan_chunks(
+            n, v, width, itemsize, teacher=teacher, trains_head=trains, max_scratch_bytes=scratch
+        )
+        assert columns % 16 == 0
+        assert v <= columns < v + 16
+        assert 0 < rows <= n
         assert rows == n or rows % 128 == 0
-        assert rows <= 128 or rows * per_row <= budget
-    assert _chunk_rows(8192, 1_282_560, 2 << 30) == 1664
+        everything, accumulator = n * v * itemsize, v * width * 4
+        dlogits = rows * columns * itemsize
+        if keep:
+            assert trains
+            assert everything <= accumulator or everything <= scratch // 2
+            dlogits = 0 if everything <= accumulator else everything
+        assert rows <= 128 or rows * columns * (8 if teacher else 4) + dlogits <= scratch
 
 
 @inside
@@ -169,6 +195,23 @@ def test_all_rows_ignored():
             sums[0].backward()
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_rows(dtype):
+    """Callers drop ignored rows first, so a batch without responses arrives as zero rows."""
+    h, labels = heads(n=0, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+    leaves = [x.clone().requires_grad_() for x in (*h[:2], torch.zeros(75, dtype=dtype))]
+    bias = leaves[2]
+    for loss in (
+        linear_kl_divergence(*leaves[:2], *h[2:], labels, student_bias=bias, ce_weight=0.5)[0],
+        linear_kl_divergence(*leaves[:2], *h[2:], student_bias=bias, kind="jsd", max_scratch_bytes=1)[0],
+        linear_cross_entropy(*leaves[:2], labels, bias=bias),
+    ):
+        gradients = torch.autograd.grad(loss * 2, leaves)
+        assert loss.item() == 0
+        assert all(torch.equal(g, torch.zeros_like(x)) for g, x in zip(gradients, leaves, strict=True))
 
 
 @inside
