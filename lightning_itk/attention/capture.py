@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from lightning_itk.attention.interface import KEYWORD, Capture, LayerAttention, switch
 
-__all__ = ["AttentionTap", "LayerAttention", "LayerLoss", "install", "layer_map"]
-
 _PROBE_TOKENS = 16
 
 LayerLoss = Callable[[int, LayerAttention], Tensor]

@@ -7,32 +7,20 @@ wants is also there when activation checkpointing repeats a layer during backwar
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from lightning_itk.attention.layer import LayerAttention
 
 KEYWORD = "itk_capture"
 _PREFIX = "itk_"
 # Inputs of the softmax that q, k, scaling, window and soft-cap do not tell.
 _UNKNOWN_TERMS = {"s_aux": "attention sinks", "position_bias": "a position bias"}
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """What one layer's attention map is made of: softmax(cap(scaling * q k^T)) over the visible keys."""
-
-    q: Float[Tensor, "B H S D"]
-    k: Float[Tensor, "B K S D"]
-    scaling: float
-    window: int | None  # keys a query sees, itself included
-    softcap: float | None
-    causal: bool
 
 
 class Capture:

@@ -5,12 +5,14 @@ student and the teacher, which may differ in H, K and D. This file checks and di
 `tiled.py`, the Triton one in `kernels/attention.py`.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.attention.tiled import tiled_attention_kl
 from lightning_itk.losses.implementation import Impl, resolve_impl
 
@@ -72,7 +74,33 @@ def attention_kl(
             that is not positive.
         RuntimeError: `impl="triton"` where Triton cannot run; the message says why.
     """
-    _check_shapes(q_student, k_student, q_teacher, k_teacher, key_mask, row_mask)
+    scale_student, scale_teacher = (
+        q.shape[-1] ** -0.5 if scale is None else scale
+        for q, scale in ((q_student, scale_student), (q_teacher, scale_teacher))
+    )
+    student = LayerAttention(q_student, k_student, scale_student, window, softcap_student, causal)
+    teacher = LayerAttention(q_teacher, k_teacher, scale_teacher, window, softcap_teacher, causal)
+    masks = Masks(cu_seqlens, key_mask, row_mask)
+    return layer_attention_kl(student, teacher, masks, kind=kind, temperature=temperature, head_map=head_map, impl=impl)
+
+
+def layer_attention_kl(
+    student: LayerAttention,
+    teacher: LayerAttention,
+    masks: Masks,
+    *,
+    kind: Kind = "forward",
+    temperature: float = 1.0,
+    head_map: Tensor | list | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, ""]:
+    """`attention_kl` of two layers as they were captured.
+
+    Raises:
+        ValueError: see `attention_kl`; or the layers see different keys.
+    """
+    _check_shapes(student, teacher, masks)
+    window, causal = _common_window(student, teacher), student.causal
     if kind not in ("forward", "reverse"):
         raise ValueError(f'attention_kl: kind must be "forward" or "reverse", found {kind!r}')
     if not temperature > 0:
@@ -81,29 +109,43 @@ def attention_kl(
         raise ValueError(
             f"attention_kl: window must be at least 1 and needs causal=True, found window={window}, {causal=}"
         )
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
-        raise ValueError(f"attention_kl: cu_seqlens must be a 1-D integer tensor, found {tuple(cu_seqlens.shape)}")
-    arguments: dict[str, Any] = {
-        "scale_student": q_student.shape[-1] ** -0.5 if scale_student is None else scale_student,
-        "scale_teacher": q_teacher.shape[-1] ** -0.5 if scale_teacher is None else scale_teacher,
-        "causal": causal,
-        "window": window,
-        "cu_seqlens": cu_seqlens,
-        "key_mask": key_mask,
-        "row_mask": row_mask,
-        "kind": kind,
-        "temperature": temperature,
-        # None stays None: the kernels have faster tiles for heads that pair by construction.
-        "head_map": None if head_map is None else _checked_head_map(head_map, q_student.shape[1], q_teacher.shape[1]),
-        "softcap_student": softcap_student,
-        "softcap_teacher": softcap_teacher,
-    }
-    q_teacher, k_teacher = q_teacher.detach(), k_teacher.detach()
-    if resolve_impl(impl, q_student) == "triton":
+    bounds = masks.cu_seqlens
+    if bounds is not None and (bounds.dim() != 1 or bounds.is_floating_point()):
+        raise ValueError(f"attention_kl: cu_seqlens must be a 1-D integer tensor, found {tuple(bounds.shape)}")
+    # None stays None: the kernels have faster tiles for heads that pair by construction.
+    index = None if head_map is None else _checked_head_map(head_map, student.q.shape[1], teacher.q.shape[1])
+    student, teacher = replace(student, window=window), replace(teacher, q=teacher.q.detach(), k=teacher.k.detach())
+    how: dict[str, Any] = {"kind": kind, "temperature": temperature, "head_map": index}
+    if resolve_impl(impl, student.q) == "triton":
         from lightning_itk.kernels.attention import attention_kl as triton_attention_kl
 
-        return triton_attention_kl(q_student, k_student, q_teacher, k_teacher, **arguments)
-    return tiled_attention_kl(q_student, k_student, q_teacher, k_teacher, **arguments)
+        return triton_attention_kl(
+            student.q,
+            student.k,
+            teacher.q,
+            teacher.k,
+            scale_student=student.scaling,
+            scale_teacher=teacher.scaling,
+            softcap_student=student.softcap,
+            softcap_teacher=teacher.softcap,
+            causal=causal,
+            window=window,
+            **masks._asdict(),
+            **how,
+        )
+    return tiled_attention_kl(student, teacher, masks, **how)
+
+
+def _common_window(student: LayerAttention, teacher: LayerAttention) -> int | None:
+    """The keys that both maps cover; windows that are wider than the batch do not matter."""
+    length = student.q.shape[2]
+    windows = {None if w is None or w >= length else w for w in (student.window, teacher.window)}
+    if len(windows) > 1 or student.causal != teacher.causal:
+        raise ValueError(
+            f"attention loss: a student layer sees {student.window or 'all'} keys and its teacher layer "
+            f"{teacher.window or 'all'}; their maps cannot be compared, so leave the layer out of attention.layers"
+        )
+    return windows.pop()
 
 
 def _checked_head_map(head_map: Tensor | list, student_heads: int, teacher_heads: int) -> Tensor:
@@ -119,22 +161,19 @@ def _checked_head_map(head_map: Tensor | list, student_heads: int, teacher_heads
     return index.long()
 
 
-def _check_shapes(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, key_mask: Tensor | None, row_mask: Tensor | None
-) -> None:
-    for name, q, k in (("student", q_s, k_s), ("teacher", q_t, k_t)):
+def _check_shapes(student: LayerAttention, teacher: LayerAttention, masks: Masks) -> None:
+    for name, q, k in (("student", student.q, student.k), ("teacher", teacher.q, teacher.k)):
         fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
         if not fits or q.shape[1] % k.shape[1]:
             raise ValueError(
                 f"attention_kl: {name} queries [B, H, S, D] and keys [B, K, S, D] must agree with K dividing H; "
                 f"found {tuple(q.shape)} and {tuple(k.shape)}"
             )
-    tokens = (q_s.shape[0], q_s.shape[2])
-    if tokens != (q_t.shape[0], q_t.shape[2]):
+    tokens, others = ((layer.q.shape[0], layer.q.shape[2]) for layer in (student, teacher))
+    if tokens != others:
         raise ValueError(
-            f"attention_kl: student and teacher must see the same tokens; found [B, S] = {tokens} "
-            f"and {(q_t.shape[0], q_t.shape[2])}"
+            f"attention_kl: student and teacher must see the same tokens; found [B, S] = {tokens} and {others}"
         )
-    for name, mask in (("key_mask", key_mask), ("row_mask", row_mask)):
+    for name, mask in (("key_mask", masks.key_mask), ("row_mask", masks.row_mask)):
         if mask is not None and (tuple(mask.shape) != tokens or mask.dtype != torch.bool):
             raise ValueError(f"attention_kl: {name} must be bool {tokens}, found {mask.dtype} {tuple(mask.shape)}")

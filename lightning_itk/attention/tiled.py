@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.losses.divergence import Kind, divergence_and_gradient
 
 TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 25}
@@ -75,16 +76,8 @@ class _Rows:
     segment: Int[Tensor, "B S"] | None  # which segment each token is in
 
     @classmethod
-    def of(
-        cls,
-        b: int,
-        s: int,
-        causal: bool,
-        window: int | None,
-        cu_seqlens: Tensor | None,
-        key_mask: Tensor | None,
-        row_mask: Tensor | None,
-    ) -> "_Rows":
+    def of(cls, layer: LayerAttention, masks: Masks) -> "_Rows":
+        (b, _, s, _), (cu_seqlens, key_mask, row_mask) = layer.q.shape, masks
         position = torch.arange(s).expand(b, s)
         first, end, segment = torch.zeros(b, s, dtype=torch.long), torch.full((b, s), s), None
         if cu_seqlens is not None:
@@ -96,10 +89,10 @@ class _Rows:
             row_start = token[:, :1]
             first = (bounds[segment - 1] - row_start).clamp_min(0)
             end = (bounds[segment] - row_start).clamp_max(s)
-        if causal:
+        if layer.causal:
             end = position + 1
-        if window is not None:
-            first = torch.maximum(first, position - window + 1)
+        if layer.window is not None:
+            first = torch.maximum(first, position - layer.window + 1)
         keep = torch.ones(b, s, dtype=torch.bool) if row_mask is None else row_mask.cpu()
         if key_mask is not None:
             key_mask = key_mask.cpu()
@@ -253,28 +246,17 @@ class _AttentionKL(torch.autograd.Function):
 
 
 def tiled_attention_kl(
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
+    student: LayerAttention,
+    teacher: LayerAttention,
+    masks: Masks,
     *,
-    scale_student: float,
-    scale_teacher: float,
-    causal: bool,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
     kind: Kind,
     temperature: float,
     head_map: Tensor | None,
-    softcap_student: float | None,
-    softcap_teacher: float | None,
 ) -> Tensor:
-    """`attention.attention_kl` in plain torch; its arguments, every one resolved and checked."""
+    """`kl.layer_attention_kl` in plain torch, with everything resolved and checked."""
+    (q_s, k_s), (q_t, k_t) = ((layer.q, layer.k) for layer in (student, teacher))
     head_map = group_heads(q_s.shape[1], q_t.shape[1]) if head_map is None else head_map
-    rows = _Rows.of(q_s.shape[0], q_s.shape[2], causal, window, cu_seqlens, key_mask, row_mask)
-    student = _Scores(scale_student, softcap_student, temperature)
-    teacher = _Scores(scale_teacher, softcap_teacher, temperature)
+    scores = (_Scores(layer.scaling, layer.softcap, temperature) for layer in (student, teacher))
     with_gradient = torch.is_grad_enabled() and (q_s.requires_grad or k_s.requires_grad)
-    return _AttentionKL.apply(q_s, k_s, q_t, k_t, student, teacher, rows, head_map, kind, with_gradient)
+    return _AttentionKL.apply(q_s, k_s, q_t, k_t, *scores, _Rows.of(student, masks), head_map, kind, with_gradient)

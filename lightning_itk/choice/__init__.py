@@ -8,12 +8,3 @@ from lightning_itk.choice.car import (
     shift_rewards,
 )
 from lightning_itk.choice.statistics import rank_surprisal_ratio
-
-__all__ = [
-    "TeacherRank",
-    "TeacherResponses",
-    "compatibility_adjusted_reward",
-    "rank_surprisal_ratio",
-    "rank_teachers",
-    "shift_rewards",
-]

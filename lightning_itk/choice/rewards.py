@@ -1,16 +1,15 @@
 """Rewards of responses from a sequence-classification model, as reward models on the hub are."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
 from lightning_itk.data.records import Message
-from lightning_itk.hub import check_folder, first_line, load_tokenizer
-from lightning_itk.models.loading import DType
+from lightning_itk.hub import load_tokenizer
+from lightning_itk.models.loading import DType, MissingWeights, load_model
 
 
 class RewardModel:
@@ -37,20 +36,11 @@ class RewardModel:
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
-        check_folder(name)
+        auto = AutoModelForSequenceClassification
         try:
-            loaded = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise ValueError(f"reward model {name!r} cannot be loaded: {first_line(error)}") from error
-        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if missing:
-            raise ValueError(f"{name!r} is no reward model: {missing[0]} is not in it and would be random")
+            model = load_model(auto, name, dtype=dtype, trust_remote_code=trust_remote_code)
+        except MissingWeights as error:
+            raise ValueError(f"{name!r} is no reward model: {error.first} is not in it and would be random") from error
         if model.config.num_labels != 1:
             raise ValueError(f"{name!r} is no reward model: it has {model.config.num_labels} outputs, expected 1")
         self.name, self.model = name, model.eval().to(device)  # type: ignore[arg-type]

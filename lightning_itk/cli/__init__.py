@@ -1,5 +1,3 @@
 """The command `lightning-itk`."""
 
 from lightning_itk.cli.main import main
-
-__all__ = ["main"]

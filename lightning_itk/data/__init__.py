@@ -4,13 +4,3 @@ from lightning_itk.data.module import InstructionDataModule, read_template
 from lightning_itk.data.records import DataError
 from lightning_itk.data.sources import Source, Sources, as_sources
 from lightning_itk.data.subset import Subset
-
-__all__ = [
-    "DataError",
-    "InstructionDataModule",
-    "Source",
-    "Sources",
-    "Subset",
-    "as_sources",
-    "read_template",
-]

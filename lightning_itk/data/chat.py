@@ -260,12 +260,6 @@ class ChatEncoder:
         return text, extended[::-1]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 [tokens] and labels int64 [tokens] (unshifted) of one conversation."""
-    encoded = ChatEncoder(tokenizer).encode([messages])[0]
-    return encoded.input_ids, encoded.labels()
-
-
 def _assistant_turns(messages: Sequence[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 

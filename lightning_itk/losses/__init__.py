@@ -12,17 +12,3 @@ from lightning_itk.losses.token import (
     linear_kl_divergence,
     linear_kl_parts,
 )
-
-__all__ = [
-    "Divergence",
-    "Head",
-    "Impl",
-    "Kind",
-    "LossParts",
-    "cross_entropy",
-    "kl_divergence",
-    "linear_cross_entropy",
-    "linear_divergence",
-    "linear_kl_divergence",
-    "linear_kl_parts",
-]

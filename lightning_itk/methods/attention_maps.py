@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_itk.attention.capture import AttentionTap, LayerAttention, install, layer_map
-from lightning_itk.attention.kl import attention_kl
+from lightning_itk.attention.capture import AttentionTap, install, layer_map
+from lightning_itk.attention.kl import layer_attention_kl
+from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.batch import IGNORE_INDEX, Batch, cu_seqlens, is_packed, next_token_labels, real_tokens
 from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.teacher import SoftTargets, Teacher
@@ -78,16 +79,19 @@ class AttentionDistiller:
         Yields a dict that holds, after the forward pass, each teacher's loss: the sum over its response rows of the
         mean over layers and student heads.
         """
-        masks = {name: _Masks.of(own.batch) for name, own in targets.items()}
+        masks = {name: _masks(own.batch) for name, own in targets.items()}
         names = list(targets)
+        how: dict[str, Any] = {key: getattr(self.loss, key) for key in ("kind", "temperature", "head_map")}
+        how["impl"] = self.impl
 
         def layer_loss(layer: int, student: LayerAttention) -> Tensor:
             losses = []
             for name in names:
                 pairs, own = self.layers[name], targets[name]
                 if layer in pairs:
-                    teacher = own.teacher.attention[pairs[layer]]
-                    losses.append(self._loss(student, teacher, own.places, masks[name]) / len(pairs))
+                    mine = replace(student, q=_gather(student.q, own.places), k=_gather(student.k, own.places))
+                    theirs = own.teacher.attention[pairs[layer]]
+                    losses.append(layer_attention_kl(mine, theirs, masks[name], **how) / len(pairs))
                 else:
                     losses.append(student.q.new_zeros((), dtype=torch.float32))
             return torch.stack(losses)
@@ -99,38 +103,10 @@ class AttentionDistiller:
         if names:
             result.update(zip(names, torch.stack(list(seen.values())).sum(0), strict=True))
 
-    def _loss(self, student: LayerAttention, teacher: LayerAttention, places: Tensor | None, masks: "_Masks") -> Tensor:
-        q, k = (_gather(t, places) for t in (student.q, student.k))
-        return attention_kl(
-            q,
-            k,
-            teacher.q,
-            teacher.k,
-            scale_student=student.scaling,
-            scale_teacher=teacher.scaling,
-            causal=student.causal,
-            window=_common_window(student, teacher),
-            softcap_student=student.softcap,
-            softcap_teacher=teacher.softcap,
-            **masks._asdict(),
-            kind=self.loss.kind,  # type: ignore[arg-type]
-            temperature=self.loss.temperature,
-            head_map=self.loss.head_map,
-            impl=self.impl,
-        )
 
-
-class _Masks(NamedTuple):
-    """Which keys the rows of a batch see and which rows count, the same for every layer."""
-
-    cu_seqlens: Tensor | None
-    key_mask: Tensor | None
-    row_mask: Tensor
-
-    @staticmethod
-    def of(batch: Batch) -> "_Masks":
-        rows = next_token_labels(batch) != IGNORE_INDEX
-        return _Masks(cu_seqlens(batch), None, rows) if is_packed(batch) else _Masks(None, real_tokens(batch), rows)
+def _masks(batch: Batch) -> Masks:
+    rows = next_token_labels(batch) != IGNORE_INDEX
+    return Masks(cu_seqlens(batch), None, rows) if is_packed(batch) else Masks(None, real_tokens(batch), rows)
 
 
 def _gather(t: Float[Tensor, "B H S D"], index: Int[Tensor, "b s"] | None) -> Float[Tensor, "b H s D"]:
@@ -138,15 +114,3 @@ def _gather(t: Float[Tensor, "B H S D"], index: Int[Tensor, "b s"] | None) -> Fl
     if index is None:
         return t
     return t.transpose(1, 2).flatten(0, 1)[index.clamp_min(0)].transpose(1, 2)
-
-
-def _common_window(student: LayerAttention, teacher: LayerAttention) -> int | None:
-    """The keys that both maps cover; windows that are wider than the batch do not matter."""
-    length = student.q.shape[2]
-    windows = {None if w is None or w >= length else w for w in (student.window, teacher.window)}
-    if len(windows) > 1 or student.causal != teacher.causal:
-        raise ValueError(
-            f"attention loss: a student layer sees {student.window or 'all'} keys and its teacher layer "
-            f"{teacher.window or 'all'}; their maps cannot be compared, so leave the layer out of attention.layers"
-        )
-    return windows.pop()

@@ -1,7 +1,8 @@
 """Load a causal LM from a folder or hub name, and refuse what would train on garbage."""
 
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -30,7 +31,16 @@ class LoRA:
     modules_to_save: list[str] = field(default_factory=list)
 
 
-def load_causal_lm(
+class MissingWeights(ValueError):
+    """A checkpoint that does not fill its model; `first` is a weight that it lacks."""
+
+    def __init__(self, message: str, first: str) -> None:
+        super().__init__(message)
+        self.first = first
+
+
+def load_model(
+    auto: Any,
     name: str,
     *,
     dtype: DType = "auto",
@@ -38,9 +48,10 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     model_kwargs: dict | None = None,
 ) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, with missing weights as an error.
+    """`from_pretrained` of an auto class of transformers, with missing weights as an error.
 
     Args:
+        auto: AutoModelForCausalLM, AutoModelForSequenceClassification, …
         name: folder or hub name.
         dtype: "auto" keeps the checkpoint's.
         model_kwargs: more arguments for `from_pretrained`, e.g. `device_map` or `quantization_config`.
@@ -50,7 +61,7 @@ def load_causal_lm(
     """
     check_folder(name)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto.from_pretrained(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -63,11 +74,15 @@ def load_causal_lm(
     model, info = cast(tuple[PreTrainedModel, dict], loaded)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
-        raise ValueError(
+        raise MissingWeights(
             f"model {name!r} has {len(missing)} missing or mismatched weights (first: {missing[0]}); "
-            "they would be random, so the checkpoint is refused"
+            "they would be random, so the checkpoint is refused",
+            missing[0],
         )
     return model
+
+
+load_causal_lm = partial(load_model, AutoModelForCausalLM)
 
 
 def add_lora(model: PreTrainedModel, lora: LoRA) -> torch.nn.Module:

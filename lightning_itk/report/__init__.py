@@ -1,12 +1,3 @@
 """Pictures and tables of what was chosen. Needs the `report` extra (matplotlib)."""
 
 from lightning_itk.report.pictures import CHOSEN, REST, draw_selection, figure, markdown_table, save
-
-__all__ = [
-    "CHOSEN",
-    "REST",
-    "draw_selection",
-    "figure",
-    "markdown_table",
-    "save",
-]

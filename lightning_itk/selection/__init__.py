@@ -11,15 +11,3 @@ from lightning_itk.selection.percentage import (
     select,
     thirds,
 )
-
-__all__ = [
-    "Metric",
-    "Order",
-    "approximate_learning_percentage",
-    "describe",
-    "instruction_following_difficulty",
-    "learning_percentage",
-    "sample_scores",
-    "select",
-    "thirds",
-]

@@ -5,7 +5,7 @@ clusters for Alpaca (52 thousand records) and 300 for Dolly (15 thousand). Needs
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,30 +96,6 @@ def kmeans(embeddings: ArrayLike, k: int, seed: int = 42) -> NDArray[np.int32]:
     else:
         model = KMeans(k, random_state=seed, n_init="auto")
     return np.asarray(model.fit_predict(vectors), np.int32)
-
-
-def cluster(
-    texts: Sequence[str],
-    k: int,
-    *,
-    model: str = DEFAULT_EMBEDDER,
-    seed: int = 42,
-    embedder: Callable[[Sequence[str]], ArrayLike] | None = None,
-) -> NDArray[np.int32]:
-    """Embed texts and cluster the embeddings.
-
-    Args:
-        texts: one per record, see `cluster_text`.
-        k: how many clusters.
-        model: of `embed`.
-        seed: of `kmeans`.
-        embedder: used in place of `embed`: texts in, [texts, dimension] out.
-
-    Returns:
-        The cluster of each text [texts].
-    """
-    vectors = embed(texts, model) if embedder is None else embedder(texts)
-    return kmeans(vectors, k, seed)
 
 
 def write_clusters(path: str | Path, record: ArrayLike, label: ArrayLike, fingerprint: str) -> None:

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from lightning_itk.batch import IGNORE_INDEX
-from lightning_itk.data.chat import ALPACA_TEMPLATE, ChatEncoder, Encoded, encode, ensure_chat_template
+from lightning_itk.data.chat import ALPACA_TEMPLATE, ChatEncoder, Encoded, ensure_chat_template
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -163,7 +163,8 @@ def test_the_prompt_is_what_training_shows_before_the_answer(name: str) -> None:
 def test_agrees_with_the_assistant_mask_of_transformers(name: str) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name][0])
     messages = chat("Why is it so?", "Because it is.", "Really?", "yes ")
-    ids, labels = encode(tokenizer, messages)
+    encoded = ChatEncoder(tokenizer).encode([messages])[0]
+    ids, labels = encoded.input_ids, encoded.labels()
     theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert ids.tolist() == theirs["input_ids"]
     assert (labels != IGNORE_INDEX).astype(int).tolist() == theirs["assistant_masks"]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_itk.selection import clusters
-from lightning_itk.selection.clusters import cluster, cluster_text, embed, kmeans, write_clusters
+from lightning_itk.selection.clusters import cluster_text, embed, kmeans, write_clusters
 
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 
@@ -50,15 +50,6 @@ def test_as_many_clusters_as_samples_and_more():
         assert found[0] == found[2]
         assert set(found.tolist()) == {0, 1, 2}
     assert kmeans(np.empty((0, 4)), 3).tolist() == []
-
-
-@needs_sklearn
-def test_any_embedder_will_do():
-    def count_letters(texts):
-        return [[text.count("a"), text.count("b")] for text in texts]
-
-    found = cluster(["aaaa", "bbbb", "aaa", "bbb"], 2, embedder=count_letters)
-    assert same_partition(found, np.array([0, 1, 0, 1]))
 
 
 @needs_sklearn
