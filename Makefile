@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test lint bench gpu clean
+.PHONY: help install quickstart test quick lint bench gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ quickstart: $(INSTALLED)  ## train, distil and align tiny models on this machine
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(BIN)/python -m pytest
+
+quick: $(INSTALLED)  ## most tests, in about a minute: none in Triton's interpreter, none with processes of its own
+	$(BIN)/python -m pytest -m 'not gpu and not interpret and not process'
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check

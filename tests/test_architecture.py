@@ -85,12 +85,15 @@ def test_files_stay_short(folder):
     assert not {name: length for name, length in lengths.items() if length > 360}
 
 
+@pytest.mark.process
 def test_importing_the_package_loads_no_kernel_and_uses_no_network():
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('network at import')\n"
         "socket.socket.connect = refuse\n"
         "import lightning_itk as itk\n"
+        "assert dir(itk) and not {'torch', 'transformers', 'lightning', 'numpy'} & sys.modules.keys()\n"
+        "assert {name: getattr(itk, name) for name in itk.__all__} and itk.losses.kl_divergence\n"
         "assert not [m for m in sys.modules if m.startswith('lightning_itk.kernels.')]\n"
         "print(sorted(n for n in itk.__all__))\n"
     )

@@ -6,6 +6,8 @@ from processes import run, run_ranks
 
 from lightning_itk.selection.scores import read_scores
 
+pytestmark = pytest.mark.process
+
 
 def scores(folder):
     return read_scores(folder / "scores.parquet")

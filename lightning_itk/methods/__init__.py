@@ -1,0 +1,1 @@
+"""InstructionModule and its methods: SFT, KD, DAE."""

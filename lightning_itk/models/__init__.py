@@ -1,0 +1,1 @@
+"""Causal language models: load, run up to the head, save, export, answer."""

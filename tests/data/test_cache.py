@@ -186,6 +186,7 @@ tokenize(Source(sys.argv[1]), ChatEncoder(byte_tokenizer()), 100, cache_dir=sys.
 """
 
 
+@pytest.mark.process
 def test_killed_while_writing(tmp_path: Path) -> None:
     source, folder = write(tmp_path, records(20_000)), tmp_path / "cache"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

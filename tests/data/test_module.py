@@ -320,6 +320,7 @@ trainer.fit(student, data)
 """
 
 
+@pytest.mark.process
 def test_two_ranks_share_the_steps_of_one(folder: Path) -> None:
     script = folder / "script.py"
     script.write_text(DDP)

@@ -10,6 +10,8 @@ from exact import METHODS, batches, module
 from processes import run_ranks
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.process
+
 
 @functools.cache
 def single(method: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:

@@ -5,6 +5,8 @@ import runs
 import torch
 from processes import run
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

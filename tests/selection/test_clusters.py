@@ -76,6 +76,7 @@ def test_missing_extra_is_named(monkeypatch, package):
         kmeans(np.zeros((2, 2)), 1) if package == "sklearn" else embed(["a"])
 
 
+@pytest.mark.process
 def test_importing_is_light():
     code = "import sys, lightning_itk.selection.clusters; assert 'sentence_transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -109,6 +109,7 @@ def test_records_come_in_every_form_and_pass_the_check(domain):
     assert turns == {2, 4}
 
 
+@pytest.mark.process
 def test_equal_arguments_give_equal_records_in_another_process():
     code = (
         "import hashlib, json; from lightning_itk import toy;"
