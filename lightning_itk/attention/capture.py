@@ -1,7 +1,7 @@
 """Queries and keys of a Hugging Face model's attention layers, seen whatever attention the model really runs.
 
 `install` switches a model to an attention function that also looks at the queries and keys (after the rotary embedding)
-and then calls the one the model had: sdpa, eager, flash or flex, see `interface.py`. Shapes as in `attention.py`.
+and then calls the one the model had: sdpa, eager, flash or flex, see `interface.py`. Shapes as in `kl.py`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping

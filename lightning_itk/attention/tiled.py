@@ -1,7 +1,7 @@
 """The attention loss in plain torch, in tiles: a few query rows against the keys they see.
 
 No map of S x S scores is ever held: a tile is scored, compared and differentiated while it is at hand. This is the CPU
-path, the oracle of the Triton kernel and the baseline of its benchmark. Shapes as in `attention.py`.
+path, the oracle of the Triton kernel and the baseline of its benchmark. Shapes as in `kl.py`.
 """
 
 from bisect import bisect_right

@@ -1,4 +1,4 @@
-"""Tokenized records on disk: made once, in parallel and in bounded memory; `tokenized.py` reads them.
+"""Tokenized records on disk: made once, in parallel and in bounded memory; `samples.py` reads them.
 
 One folder per source, named after everything its content depends on: the file's bytes, the column map, the tokenizer,
 the chat template, the length limit. It appears by a rename when it is complete, so a killed run leaves nothing that
