@@ -16,7 +16,7 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.export import export
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType
-from lightning_itk.trainer import datamodule, replica
+from lightning_itk.trainer import datamodule, log_folder, replica
 
 
 class HFExport(Callback):
@@ -42,7 +42,7 @@ class HFExport(Callback):
         self.best: float | None = None
 
     def folder(self, trainer: L.Trainer) -> Path:
-        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+        return Path(self.dirpath or log_folder(trainer) / "export")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metric = trainer.callback_metrics.get(self.monitor)
@@ -98,7 +98,7 @@ class ResponseWriter(Callback):
         self.file = Path()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "responses.jsonl")
+        path = Path(self.path or log_folder(trainer) / "responses.jsonl")
         self.file = path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}{path.suffix}")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text("")

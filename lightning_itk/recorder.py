@@ -17,7 +17,7 @@ from lightning_itk.losses.chunked import linear_token_scores
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.hidden import base_causal_lm, hidden_states
 from lightning_itk.selection.scores import append_epoch, read_meta, write_scores
-from lightning_itk.trainer import datamodule
+from lightning_itk.trainer import datamodule, log_folder
 
 
 class ResponseLossRecorder(Callback):
@@ -36,7 +36,7 @@ class ResponseLossRecorder(Callback):
         self.path, self.epochs = path, epochs
 
     def file(self, trainer: L.Trainer) -> Path:
-        return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "scores.parquet")
+        return Path(self.path or log_folder(trainer) / "scores.parquet")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if datamodule(trainer).scoring_dataloader is None:

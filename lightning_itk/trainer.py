@@ -1,6 +1,7 @@
 """What modules, callbacks and data ask of a Trainer: its share of the work, and the data module it trains on."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import lightning as L
@@ -21,6 +22,11 @@ def replica(trainer: L.Trainer | None) -> Replica:
     """The replica that this process belongs to; the only one where there is no trainer."""
     settings = getattr(trainer, "distributed_sampler_kwargs", None) or {}
     return Replica(settings.get("rank", 0), settings.get("num_replicas", 1))
+
+
+def log_folder(trainer: L.Trainer) -> Path:
+    """Where a run writes what it is not told where to write. Ask on every rank: they agree on it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class InstructionData(Protocol):

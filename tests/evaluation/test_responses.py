@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
+import lightning_itk as itk
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.records import DataError
 from lightning_itk.data.sources import Source, read
@@ -144,3 +146,26 @@ def test_prompts_and_their_limit(model, tmp_path):
     for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be at least 1, temperature and seed not negative"):
             generator(model, **wrong)
+
+
+def test_predict_answers_as_generate_does(model, tmp_path):
+    """One loop and one rule for where an answer ends: here the template's, which is not the tokenizer's EOS."""
+    tokenizer = byte_tokenizer(("<eos>",))
+    encoder = ChatEncoder(tokenizer)
+    tokenizer.eos_token = "<eos>"
+    student = tiny_model("llama", 3, initializer_range=0.5, vocab_size=300)
+    with torch.no_grad():
+        student.lm_head.weight[2] *= 2  # answers that end
+    source = write(tmp_path / "p.jsonl")
+    train = write(tmp_path / "train.jsonl", [{"prompt": "q", "completion": "a"}]).path
+    options = {"validation": 0, "tokenizer": tokenizer, "batch_size": 3, "num_proc": 1, "cache_dir": tmp_path}
+    data = itk.InstructionDataModule(train, predict=source.path, **options)
+    module = itk.SFTModule(student, max_new_tokens=12)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    predicted = dict(answer for batch in trainer.predict(module, datamodule=data) for answer in batch)
+    made = Generator(student, tokenizer, stops=encoder.stop_tokens(), max_new_tokens=12)
+    prompts = read_prompts(source)
+    expected = [made.answer([ids])[0] for ids in prompt_ids(encoder, prompts, made)]
+    assert predicted == {i: response.text for i, response in enumerate(expected)}
+    assert made.stops == [2, len(tokenizer) - 1]
+    assert any(response.finished and response.text for response in expected)
