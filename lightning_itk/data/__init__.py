@@ -2,5 +2,5 @@
 
 from lightning_itk.data.module import InstructionDataModule, read_template
 from lightning_itk.data.records import DataError
-from lightning_itk.data.sources import Source, Sources, as_sources
+from lightning_itk.data.sources import Source, Sources, as_sources, read
 from lightning_itk.data.subset import Subset

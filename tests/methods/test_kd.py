@@ -120,6 +120,22 @@ def test_a_users_own_divergence_and_extra_term():
     assert terms["norm"].weight == 0.1
 
 
+def test_divergence_is_a_hook_of_dae_too():
+    class Squares(itk.DAEModule):
+        def divergence(self, states, head, teacher_states, teacher_head, targets):
+            assert (targets >= 0).all()  # response rows only
+            loss = linear_divergence(
+                lambda s, t, _: (s - t).square().mean(-1), states, head, teacher_states, teacher_head, targets
+            )
+            return LossParts(loss, torch.zeros(()), loss.detach())
+
+    teachers = {"reference": tiny_model("llama", 0), "expert": tiny_model("llama", 2)}
+    terms = Squares(tiny_model("llama", 0), teachers).losses(batch())
+    assert terms["distillation/reference"].total == 0
+    assert terms["distillation/expert"].total > 0
+    assert terms["distillation/expert"].total == terms["kl/expert"].total
+
+
 def test_deeper_and_wider_teachers():
     teacher = tiny_model("llama", 1, **mapped(num_hidden_layers=6))
     terms = itk.KDModule(tiny_model("llama", 0), teacher, attention=AttentionLoss()).losses(batch())
