@@ -189,7 +189,11 @@ class InstructionDataModule(L.LightningDataModule):
         return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._position = state_dict.get("train")
+        position = state_dict.get("train")
+        if self._train_loader is None:
+            self._position = position
+        elif position is not None:  # FSDP2 restores when the loader has been made
+            self._train_loader.load_state_dict(position)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         if self.validation_share:

@@ -5,6 +5,7 @@ import functools
 import lightning as L
 import pytest
 import ranks
+import runs
 import torch
 from exact import METHODS, batches, module
 from processes import run_ranks
@@ -51,3 +52,10 @@ def test_two_ranks_take_the_same_steps(method, strategy, tmp_path):
         checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
         assert all(name.startswith("student.") for name in checkpoint["state_dict"])
         assert len(checkpoint["rng_states"]) == 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_resume_in_the_middle_of_an_epoch(strategy, tmp_path):
+    run_ranks(ranks.resume, runs.write_records(tmp_path), strategy, tmp_path)
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert weights["resumed"].equal(weights["whole"])
