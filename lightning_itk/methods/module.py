@@ -230,6 +230,11 @@ class InstructionModule(L.LightningModule):
             return
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        if (size := self.device_mesh["tensor_parallel"].size()) > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {size}, but no model here is split that way: every rank would hold all of it; "
+                "set tensor_parallel_size: 1 and data_parallel_size to the number of ranks"
+            )
         mesh = self.device_mesh["data_parallel"]
         for model in self.models():
             if isinstance(model, FSDPModule):

@@ -146,6 +146,17 @@ def test_refusals(tmp_path, model_folder):
         type("Empty", (itk.InstructionModule,), {})(tiny_model()).losses({})
 
 
+def test_tensor_parallelism_is_refused():
+    class Two:
+        def size(self):
+            return 2
+
+    model = itk.SFTModule(tiny_model())
+    model._device_mesh = {"data_parallel": Two(), "tensor_parallel": Two()}
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2, .*set tensor_parallel_size: 1"):
+        model.configure_model()
+
+
 def test_token_ids_beyond_the_embedding_are_refused(tmp_path):
     class Data(L.LightningDataModule):
         max_token_id = 300
