@@ -1,8 +1,8 @@
 """Learning percentage and subsets: pure functions over arrays of per-sample numbers (arXiv 2402.10430).
 
 A sample that is learned late has a small learning percentage: it is hard, and it is what the paper trains on. Every
-function takes NumPy arrays or torch tensors and answers in kind. Nothing loops over rows or clusters, and the sorting
-keys are compact, so that 100 million rows fit in a few GB.
+function takes NumPy arrays or torch tensors and answers in kind. Nothing loops over rows or clusters. A selection needs
+5 bytes a row beside its arguments, up to 48 with numbered clusters and float64 scores: 100 million rows fit in 7 GB.
 """
 
 from typing import Any, Literal, get_args
@@ -132,7 +132,7 @@ def select(
 
     Samples with nan scores are dropped before ranking. Equal scores are taken in index order. With clusters, each gets
     its proportional share by largest remainder; between equal remainders the cluster whose next sample ranks first wins
-    (order middle: the cluster in the middle).
+    (order middle: the cluster in the middle), and where these score the same, the lower label.
 
     Args:
         scores: one number per sample [samples]; nan = undefined.
@@ -149,7 +149,7 @@ def select(
             another length or kind.
     """
     values = _array(scores)
-    if values.dtype.kind != "f":
+    if values.dtype not in (np.float32, np.float64):
         values = values.astype(np.float64)
     if values.ndim != 1:
         raise ValueError(f"scores must be one number per sample, found shape {values.shape}")
@@ -161,13 +161,11 @@ def select(
         sample = int(np.flatnonzero(np.isinf(values))[0])
         raise ValueError(f"scores must be finite or nan, found {values[sample]} at sample {sample}")
     labels = None if clusters is None else compact(_array(clusters), len(values))
-    missing = np.isnan(values)
     if order == "highest":
         values = -values
     elif order == "random":
-        values = np.random.default_rng(seed).random(len(values))
-        values[missing] = np.nan
-    chosen = lowest_by_quota(values, missing, fraction, labels, middle=order == "middle")
+        values = np.where(np.isnan(values), np.nan, np.random.default_rng(seed).random(len(values)))
+    chosen = lowest_by_quota(values, fraction, labels, middle=order == "middle")
     return _like(scores, chosen)
 
 

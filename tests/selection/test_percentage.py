@@ -19,23 +19,26 @@ from lightning_itk.selection import (
 FRACTIONS = (0.001, 0.01, 0.15, 0.4, 0.7, 1.0)
 
 
-def reference_select(scores, fraction, clusters=None, order="lowest"):
+def reference_select(scores, fraction, clusters=None, order="lowest", seed=0):
     """One cluster after the other, in plain Python: the quotas that `select` must give and what fills them."""
     clusters = np.zeros(len(scores), int) if clusters is None else np.asarray(clusters)
     defined = [i for i in range(len(scores)) if not np.isnan(scores[i])]
     count = round(fraction * len(defined))
     sign = -1 if order == "highest" else 1
+    ranked = np.random.default_rng(seed).random(len(scores)) if order == "random" else sign * np.asarray(scores)
     members = {
-        c: sorted((i for i in defined if clusters[i] == c), key=lambda i: (sign * scores[i], i))
-        for c in np.unique(clusters)
+        c: sorted((i for i in defined if clusters[i] == c), key=lambda i: (ranked[i], i)) for c in np.unique(clusters)
     }
-    quotas = {c: count * len(m) // max(len(defined), 1) for c, m in members.items()}
-    remainders = sorted(
-        (-(count * len(m) % max(len(defined), 1)), sign * scores[m[quotas[c]]], c)
-        for c, m in members.items()
-        if quotas[c] < len(m)
-    )
-    for _, _, c in remainders[: count - sum(quotas.values())]:
+    quotas, remainders = {}, {}
+    for c, m in members.items():
+        quotas[c], remainders[c] = divmod(count * len(m), max(len(defined), 1))
+    waiting = [c for c in members if remainders[c]]
+    waiting.sort(key=lambda c: ranked[members[c][len(members[c]) // 2 if order == "middle" else quotas[c]]])
+    if order == "middle":
+        places = sorted(range(len(waiting)), key=lambda place: abs(place - (len(waiting) - 1) / 2))
+        waiting = [waiting[place] for place in places]
+    waiting.sort(key=lambda c: -remainders[c])
+    for c in waiting[: count - sum(quotas.values())]:
         quotas[c] += 1
     cut = {c: (len(m) - quotas[c]) // 2 if order == "middle" else 0 for c, m in members.items()}
     return sorted(i for c, m in members.items() for i in m[cut[c] : cut[c] + quotas[c]])
@@ -148,6 +151,22 @@ def test_select_equals_plain_python(fraction, order, kinds, coarse):
     assert chosen.tolist() == reference_select(scores, fraction, clusters, order)
 
 
+@pytest.mark.parametrize("order", ["lowest", "highest", "middle", "random"])
+def test_many_small_selections_equal_plain_python(order):
+    random = np.random.default_rng(6)
+    for seed in range(400):
+        samples = random.integers(1, 60)
+        tied, close = random.integers(-2, 3, samples) * 0.5, 1 + random.integers(0, 30, samples) * 1e-12
+        scores = (random.normal(size=samples), tied, tied * 0, close)[seed % 4]
+        scores = scores.astype(random.choice([np.float32, np.float64]))
+        scores[random.random(samples) < random.choice([0, 0.1, 0.5])] = random.choice([np.nan, -np.nan])
+        numbers = np.minimum(random.geometric(random.choice([0.05, 0.5]), samples), 40)
+        clusters = (None, numbers, numbers.astype(str), numbers * 10**12 - 7, (numbers + 90).astype(np.int8))[seed % 5]
+        fraction = random.choice([1e-9, 0.05, 0.15, 1 / 3, 0.5, 0.9, 1])
+        chosen = select(scores, fraction, clusters=clusters, order=order, seed=seed)
+        assert chosen.tolist() == reference_select(scores, fraction, clusters, order, seed), (seed, scores, clusters)
+
+
 def test_middle_is_centred_in_each_cluster():
     scores = np.random.default_rng(0).normal(size=700)
     clusters = np.arange(700) % 7
@@ -192,7 +211,14 @@ def test_random_is_seeded_and_blind_to_scores():
 
 
 @pytest.mark.parametrize(
-    "labels", [np.array(list("abba") * 5), np.array([-7, 10**12] * 10), np.arange(20, dtype=np.int8) % 3 - 100]
+    "labels",
+    [
+        np.array(list("abba") * 5),
+        np.array([-7, 10**12] * 10),
+        np.arange(20, dtype=np.int8) % 3 - 100,
+        np.array([-128, 127] * 10, np.int8),
+        np.array([2**64 - 3, 2**64 - 1] * 10, np.uint64),
+    ],
 )
 def test_any_labels_serve_as_clusters(labels):
     scores = np.random.default_rng(0).normal(size=20)
