@@ -1,10 +1,13 @@
 """fit, validate, test and predict: Lightning's own CLI with this kit's modules and defaults."""
 
 import logging
+from itertools import chain, count
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.imports import module_available
@@ -12,6 +15,8 @@ from lightning_utilities.core.imports import module_available
 from lightning_itk.callbacks import ResponseWriter, RunCard
 from lightning_itk.data.module import InstructionDataModule
 from lightning_itk.methods.module import InstructionModule
+from lightning_itk.models.checkpoint import read_checkpoint
+from lightning_itk.trainer import log_folder
 
 
 class InstructionCLI(LightningCLI):
@@ -26,7 +31,7 @@ class InstructionCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=False,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
             trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},  # RunCard says more
             args=args,
@@ -34,7 +39,50 @@ class InstructionCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--log_dir", type=str, default="runs", help="Folder of the default logger.")
+        text = "Folder of the default logger; null = trainer.default_root_dir, else runs."
+        parser.add_argument("--log_dir", type=str | None, default=None, help=text)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path and Path(path).is_file():
+            read_checkpoint(path)  # one clear line, where Lightning would show a loader's inside
+        super()._parse_ckpt_path()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        path = kwargs.get("ckpt_path")
+        if path == "last":
+            kwargs["ckpt_path"] = str(self._last_checkpoint())
+        elif path and path not in ("best", "hpc", "registry") and "://" not in path and not Path(path).exists():
+            raise ValueError(f"{path}: no such checkpoint")
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        kwargs = self._prepare_subcommand_kwargs(subcommand)
+        try:  # of no checkpoint, wherever it comes from, is anything executed
+            getattr(self.trainer, subcommand)(**kwargs, weights_only=True)
+        except UnpicklingError as error:
+            raise ValueError(f"{kwargs['ckpt_path']}: is no checkpoint of this kit (UnpicklingError)") from error
+
+    def _last_checkpoint(self) -> Path:
+        """The newest checkpoint where this run would write its own: of any run with this log_dir."""
+        logger, callbacks = self.trainer.logger, self.trainer.checkpoint_callbacks
+        folders = {Path(folder) for callback in callbacks if (folder := getattr(callback, "dirpath", None))}
+        if not folders:
+            root = self.trainer.default_root_dir
+            folders = {Path(root, "checkpoints") if logger is None else Path(logger.save_dir or root)}
+        found = [path for folder in folders for path in folder.rglob("*.ckpt")]
+        if not found:
+            raise ValueError(f"ckpt_path is last, but there is no checkpoint in {', '.join(map(str, folders))}")
+        return max(found, key=lambda path: path.stat().st_mtime)
+
+    def _log_folder(self) -> str:
+        get = self._get
+        return get(self.config_init, "log_dir") or get(self.config_init, "trainer.default_root_dir") or "runs"
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self._get(self.config_init, "trainer.logger") in (None, True):
@@ -51,10 +99,23 @@ class InstructionCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _default_logger(self) -> Logger:
-        folder = self._get(self.config_init, "log_dir")
+        folder = self._log_folder()
         if module_available("tensorboard") or module_available("tensorboardX"):
             return TensorBoardLogger(folder, name=None)
         return CSVLogger(folder, name=None)
+
+
+class SaveConfig(SaveConfigCallback):
+    """The configuration in the folder of the run's logs, beside any file of that name which is there already."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.already_saved:
+            return
+        folder = log_folder(trainer)
+        names = chain(["config.yaml"], (f"config-{number}.yaml" for number in count(2)))
+        free = next(name for name in names if not (folder / name).exists()) if trainer.is_global_zero else ""
+        self.config_filename = trainer.strategy.broadcast(free)
+        super().setup(trainer, pl_module, stage)
 
 
 def _no_adverts(record: logging.LogRecord) -> bool:

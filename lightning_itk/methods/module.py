@@ -232,7 +232,7 @@ class InstructionModule(L.LightningModule):
 
         if (size := self.device_mesh["tensor_parallel"].size()) > 1:
             raise ValueError(
-                f"tensor_parallel_size is {size}, but no model here is split that way: every rank would hold all of it; "
+                f"tensor_parallel_size is {size}, but no model is split that way here: every rank would hold it whole; "
                 "set tensor_parallel_size: 1 and data_parallel_size to the number of ranks"
             )
         mesh = self.device_mesh["data_parallel"]

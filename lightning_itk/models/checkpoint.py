@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -42,6 +43,22 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
         for name, buffer in child.named_buffers(recurse=False)
         if name not in child._non_persistent_buffers_set
     }
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file holds, as tensors that stay on disk and plain values; no code in it runs.
+
+    Raises:
+        ValueError: no such file, or none that a training run of this kit wrote whole.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content["hyper_parameters"], content["state_dict"], int(content["global_step"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path}: is no checkpoint of this kit ({type(error).__name__})") from error
+    return content
 
 
 def rng_states(world_size: int) -> list[dict[str, Tensor]]:

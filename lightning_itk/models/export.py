@@ -5,7 +5,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_itk.models.checkpoint import read_checkpoint
 from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
 
 
@@ -99,19 +99,14 @@ def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_c
     Raises:
         ValueError: no such file, no checkpoint of this kit, or weights that do not fit the student.
     """
-    if not Path(ckpt).exists():
-        raise ValueError(f"{ckpt}: no such checkpoint")
     if Path(ckpt).is_dir():
         raise ValueError(
             f"{ckpt}: is a folder, a sharded checkpoint: make one file of it with "
             "`python -m lightning.pytorch.utilities.consolidate_checkpoint` first"
         )
-    try:
-        content = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
-        hparams, state, step = content["hyper_parameters"], content["state_dict"], int(content["global_step"])
-        weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{ckpt}: is no checkpoint of this kit ({type(error).__name__})") from error
+    content = read_checkpoint(ckpt)
+    hparams, state, step = content["hyper_parameters"], content["state_dict"], int(content["global_step"])
+    weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
     if not weights:
         raise ValueError(f"{ckpt}: holds no weights of a student")
     name = student or hparams.get("student")

@@ -1,7 +1,10 @@
 """The command line as a user meets it: one clear line and exit code 1 for whatever is wrong."""
 
 import gzip
+import http.server
 import json
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -229,3 +232,67 @@ def test_a_json_list_is_data_and_no_configuration(where, here, capsys, model_fol
     assert code == 0, err
     (saved,) = (here / "runs").rglob("config.yaml")
     assert "train: train.json" in saved.read_text()
+
+
+def test_the_users_own_config_is_never_overwritten(here, capsys, model_folder):
+    (here / "config.yaml").write_text(config(model_folder("llama")))
+    before = (here / "config.yaml").read_text()
+    quick = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
+    for _ in range(2):
+        code, _, err = run(capsys, "fit", "--config", "config.yaml", "--trainer.logger", "false", *quick)
+        assert code == 0, err
+    assert (here / "config.yaml").read_text() == before
+    assert {"config-2.yaml", "config-3.yaml"} <= {path.name for path in here.iterdir()}
+
+
+def test_the_last_checkpoint_of_a_log_dir(here, capsys, model_folder):
+    (here / "c.yaml").write_text(config(model_folder("llama")))
+    fit = ["fit", "--config", "c.yaml", "--trainer.default_root_dir", "place", "--trainer.limit_val_batches", "0"]
+    code, _, err = run(capsys, *fit, "--ckpt_path", "last")
+    assert code == 1
+    assert err.splitlines()[-1] == "lightning-itk: error: ckpt_path is last, but there is no checkpoint in place"
+    assert run(capsys, *fit)[0] == 0
+    assert not (here / "runs").exists()
+    (first,) = (here / "place").rglob("*.ckpt")
+    code, _, err = run(capsys, *fit, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert code == 0, err
+    (second,) = set((here / "place").rglob("*.ckpt")) - {first}
+    steps = [torch.load(path, weights_only=True)["global_step"] for path in (first, second)]
+    assert steps[1] == 2 * steps[0] > 0
+
+
+def test_broken_checkpoints_are_one_line(here, capsys, model_folder):
+    (here / "c.yaml").write_text(config(model_folder("llama")))
+    assert run(capsys, "fit", "--config", "c.yaml", "--trainer.limit_val_batches", "0")[0] == 0
+    (whole,) = (here / "runs").rglob("*.ckpt")
+    (here / "cut.ckpt").write_bytes(whole.read_bytes()[:-1000])
+    (here / "junk.ckpt").write_text("no checkpoint")
+    for name, reason in (("cut", "is no checkpoint of this kit"), ("junk", "is no checkpoint"), ("none", "no such")):
+        code, _, err = run(capsys, "fit", "--config", "c.yaml", "--ckpt_path", f"{name}.ckpt")
+        assert code == 1
+        assert f"lightning-itk: error: {name}.ckpt: {reason}" in err.splitlines()[-1]
+        assert "weights_only" not in err
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_no_checkpoint_is_executed_from_wherever_it_comes(here, capsys, model_folder, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(here / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (here / "c.yaml").write_text(config(model_folder("llama")))
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "global_step": 0, "callbacks": Evil()}, here / "evil.ckpt")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=str(here))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for path in ("evil.ckpt", f"http://127.0.0.1:{server.server_port}/evil.ckpt"):
+            code, _, err = run(capsys, "fit", "--config", "c.yaml", "--ckpt_path", path)
+            assert code == 1, path
+            assert "evil.ckpt" in err
+            assert not (here / "executed").exists()
+    finally:
+        server.shutdown()
