@@ -126,7 +126,8 @@ def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:
         text += f"{_count(trained)} trained, " if number == 0 else "frozen, "
         facts["student" if number == 0 else f"teacher {number}"] = text + f"{base.dtype}, attention {attention}"
     probe = torch.empty(0, device=module.device)
-    facts["losses"] = f"{resolve_impl(module.impl, probe)} (impl={module.impl}) on {module.device}"
+    impl = resolve_impl(module.impl, probe, getattr(module, "kind", None))
+    facts["losses"] = f"{impl} (impl={module.impl}) on {module.device}"
     replicas, data = replica(trainer).total, datamodule(trainer)
     rows = data.batch_size
     shape = f"{rows or '?'} rows x {trainer.accumulate_grad_batches} micro-batches x {replicas} ranks"

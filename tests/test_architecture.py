@@ -114,7 +114,8 @@ def test_nothing_is_unpickled():
 
 def test_the_readme_snippet_runs(tmp_path, monkeypatch, model_folder):
     text = (ROOT / "README.md").read_text()
-    snippet = text.split("<!-- subclass -->")[1].split("```python\n")[1].split("```")[0]
+    blocks = text.split("<!-- subclass -->")[1].split("```python\n")[1:3]
+    snippet = "\n\n".join(block.split("```")[0] for block in blocks)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_kd.py").write_text(snippet)
@@ -125,9 +126,13 @@ def test_the_readme_snippet_runs(tmp_path, monkeypatch, model_folder):
 
     from lightning_itk import batch as b
 
-    module = importlib.import_module("my_kd").EntropyKD(model_folder("llama", 0), teacher=model_folder("llama", 1))
-    terms = module.losses(b.pad(ragged_samples(4), pad_id=0))
+    mine, batch = importlib.import_module("my_kd"), b.pad(ragged_samples(4), pad_id=0)
+    module = mine.EntropyKD(model_folder("granite", 0), teacher=model_folder("granite", 1))  # scales its logits
+    terms = module.losses(batch)
     assert set(terms) == {"distillation", "kl", "ce", "entropy"}
-    assert terms["entropy"].total > 0
+    log_q = module.student(**b.model_inputs(batch)).logits[b.next_token_labels(batch) >= 0].log_softmax(-1)
+    assert terms["entropy"].total.item() == pytest.approx(-(log_q.exp() * log_q).sum().item(), rel=1e-4)
     sum(term.weight * term.total for term in terms.values()).backward()
     assert torch.isfinite(module.student.lm_head.weight.grad).all()
+    other = mine.TotalVariationKD(model_folder("llama", 0), teacher=model_folder("llama", 1))
+    assert 0 < other.losses(batch)["distillation"].total < b.count_targets(batch)

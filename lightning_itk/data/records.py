@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 Message = dict[str, str]
 
+# The first name that a record has is taken. `generate` leaves out whatever a response may be called.
+# New names are listed above, too, in the docstring of InstructionDataModule and in the README.
 PROMPTS, CONTEXTS, RESPONSES = ("instruction", "prompt"), ("input", "context"), ("response", "output", "completion")
 CONVERSATIONS = ("messages", "conversations")
 ROLES = (*CONVERSATIONS, "system", *PROMPTS, *CONTEXTS, *RESPONSES, "teacher", "is_domain")
@@ -127,7 +129,7 @@ def check(record: Any, columns: Mapping[str, str], *, need_response: bool = True
 def _single_turn(record: dict[str, Any], find: Any, need_response: bool) -> list[Message]:
     prompt_key, response_key = find(PROMPTS), find(RESPONSES)
     if prompt_key is None:
-        expected = "instruction, prompt or messages (or map yours with columns)"
+        expected = f"{', '.join(PROMPTS)} or messages (or map yours with columns)"
         raise DataError(f"no prompt: expected a field {expected}, found {_names(record)}")
     if need_response and response_key is None:
         raise DataError(f"missing response: expected one of {', '.join(RESPONSES)}, found {_names(record)}")

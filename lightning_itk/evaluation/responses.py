@@ -16,6 +16,7 @@ import numpy as np
 
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.records import (
+    CONTEXTS,
     CONVERSATIONS,
     PROMPTS,
     RESPONSES,
@@ -98,7 +99,7 @@ def answered(prompt: Prompt, columns: Mapping[str, str], response: Response, tea
     except DataError:
         pass
     messages: list[Message] = [*prompt.record.messages, {"role": "assistant", "content": response.text}]
-    kept = {name: value for name, value in fields.items() if name not in (*PROMPTS, "system", "input", "context")}
+    kept = {name: value for name, value in fields.items() if name not in (*PROMPTS, *CONTEXTS, "system")}
     return {**kept, "messages": messages, **more}
 
 

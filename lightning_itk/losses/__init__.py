@@ -11,4 +11,5 @@ from lightning_itk.losses.token import (
     linear_divergence,
     linear_kl_divergence,
     linear_kl_parts,
+    linear_loss,
 )

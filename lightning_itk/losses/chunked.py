@@ -103,11 +103,17 @@ def _unshape_gradient(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
 
 
 class TokenScores(NamedTuple):
-    """What a model thinks of the right next tokens, row by row."""
+    """What a model thinks of the right next tokens, row by row.
 
-    nll: Float[Tensor, " N"]  # negative log-likelihood of the label, nats; 0 where the label is -100
-    top1: Int[Tensor, " N"]  # the likeliest token
-    rank: Int[Tensor, " N"] | None  # 1 + the tokens with a higher logit than the label; 0 where the label is -100
+    Attributes:
+        nll: negative log-likelihood of the label in nats; 0 where the label is -100.
+        top1: the likeliest token.
+        rank: 1 + the number of tokens with a higher logit than the label; 0 where the label is -100, None if not asked.
+    """
+
+    nll: Float[Tensor, " N"]
+    top1: Int[Tensor, " N"]
+    rank: Int[Tensor, " N"] | None
 
 
 @torch.no_grad()

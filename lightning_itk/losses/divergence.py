@@ -1,7 +1,7 @@
 """Divergences between two distributions over the vocabulary: the formulas, and their gradients in closed form."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ class Divergence:
     kl_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("forward", "reverse", "jsd"):
-            raise ValueError(f"kind must be 'forward', 'reverse' or 'jsd', got {self.kind!r}")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind must be {_one_of(get_args(Kind))}, got {self.kind!r}")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta must be in [0, 1], got {self.beta}")
         if not 0.0 < self.temperature < float("inf"):
@@ -57,6 +57,8 @@ def divergence_rows(
         rows = _kl(log_p, log_q)
     elif kind == "reverse":
         rows = _kl(log_q, log_p)
+    elif kind != "jsd":
+        raise ValueError(f"there is no formula for kind {kind!r}")
     elif beta in (0.0, 1.0):
         rows = 0.0 * _kl(log_p, log_q)
     else:
@@ -101,6 +103,8 @@ def divergence_and_gradient(
         terms = log_q.sub_(log_p).mul_(q)
         rows = terms.sum(-1)
         return rows, terms.sub_(q.mul_(rows[..., None])) if with_gradient else None
+    if kind != "jsd":
+        raise ValueError(f"there is no formula for kind {kind!r}")
     if beta in (0.0, 1.0):
         return torch.zeros_like(q[..., 0]), q.zero_() if with_gradient else None
     # From the log-ratio, which is small where the distributions are close. Beyond e^80 one of them weighs nothing.
@@ -150,3 +154,9 @@ def distillation_loss(
         if d_ce is not None:
             gradient.add_(d_ce, alpha=how.ce_weight)
     return how.ce_weight * ce + how.kl_weight * kl, torch.stack([ce, kl]), gradient
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    """'a', 'b' or 'c'."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}"

@@ -24,11 +24,17 @@ from lightning_itk.losses.implementation import Impl, resolve_impl
 
 
 class LossParts(NamedTuple):
-    """A distillation loss with its ingredients, all summed over the kept rows."""
+    """A distillation loss with its ingredients, all summed over the kept rows.
 
-    loss: Float[Tensor, ""]  # ce_weight * ce + kl_weight * kl, differentiable
-    ce: Float[Tensor, ""]  # detached, for the log
-    kl: Float[Tensor, ""]  # detached, T² included
+    Attributes:
+        loss: ce_weight * ce + kl_weight * kl, a differentiable scalar.
+        ce: the cross-entropy with the labels, detached: only logged.
+        kl: the divergence, T² included, detached: only logged.
+    """
+
+    loss: Float[Tensor, ""]
+    ce: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
 
 
 def cross_entropy(
@@ -81,7 +87,7 @@ def kl_divergence(
     if labels is not None:
         _check_labels(labels, student_logits.shape[:-1])
         labels = labels.flatten()
-    if resolve_impl(impl, student_logits) == "triton":
+    if resolve_impl(impl, student_logits, kind) == "triton":
         from lightning_itk.kernels.kl import kl_divergence as fused
 
         return fused(student, teacher, labels, kind=kind, beta=beta, temperature=temperature)
@@ -197,7 +203,7 @@ def linear_kl_parts(
     elif how.ce_weight:
         raise ValueError("ce_weight is not 0 but there are no labels to take a cross-entropy with")
     teacher_hidden, teacher = teacher_hidden.detach(), teacher.detach()
-    if resolve_impl(impl, student_hidden) == "triton":
+    if resolve_impl(impl, student_hidden, how.kind) == "triton":
         from lightning_itk.kernels.linear_kl import linear_kl_divergence as fused
 
         return LossParts(
@@ -252,6 +258,26 @@ def linear_divergence(
 
     heads = student.cut(vocab), teacher.cut(vocab)
     return chunked_rows(by_autograd(rows), student_hidden, heads[0], teacher_hidden, heads[1], labels)[0]
+
+
+def linear_loss(
+    row_loss: Callable[[Float[Tensor, "n V"], Int[Tensor, " n"]], Float[Tensor, " n"]],
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"] | Head,
+    labels: Int[Tensor, " N"],
+) -> Float[Tensor, ""]:
+    """Sum over kept rows of any loss of a row of logits, without holding the logits: `linear_divergence` of one model.
+
+    Args:
+        row_loss: `(logits, labels) -> loss of each row`; called on chunks of kept rows with fp32 logits, soft-cap and
+            scale of the head applied. Must be differentiable in the logits by autograd.
+    """
+    head = Head.of(head)
+    _check_linear(hidden, head, "hidden")
+    _check_labels(labels, hidden.shape[:-1])
+    labels, hidden = _kept(labels, hidden)
+    rows = by_autograd(lambda logits, _, labels: row_loss(logits, labels))
+    return chunked_rows(rows, hidden, head, None, None, labels)[0]
 
 
 def _kept(labels: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:

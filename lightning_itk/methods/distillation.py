@@ -116,7 +116,11 @@ class DistillationModule(InstructionModule):
         teacher_head: Head,
         targets: Int[Tensor, " N"],
     ) -> LossParts:
-        """The token loss at one teacher's response rows (no target is -100), summed; override it for another one."""
+        """The token loss at one teacher's response rows, summed; override it to distil with another one.
+
+        No target is -100. An override applies temperature, ce_weight and kl_weight itself, as far as they mean
+        something to it; `losses.linear_divergence` takes any loss of two rows of logits, and runs in torch.
+        """
         how = Divergence(self.kind, self.beta, self.temperature, self.ce_weight, self.kl_weight)
         return linear_kl_parts(
             student_states, student_head, teacher_states, teacher_head, targets, how, impl=self.impl, has_ignored=False
@@ -144,6 +148,8 @@ class DistillationModule(InstructionModule):
             if own := run.targets.get(name):
                 rows = states.flatten(0, 1)[own.student_rows]
                 parts = self.divergence(rows, head, own.states, own.teacher.head, own.rows.targets)
+                if not isinstance(parts, LossParts):
+                    raise ValueError(f"divergence must return LossParts, found {type(parts).__name__}")
                 count = own.rows.targets.numel()
             elements = torch.tensor(count, device=states.device)
             terms[f"distillation{suffix}"] = Term(parts.loss, weight, elements)

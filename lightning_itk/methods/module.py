@@ -29,7 +29,7 @@ from lightning_itk.hub import load_tokenizer
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_gradients
-from lightning_itk.methods.step import ForwardPass, Term, on_a_pass
+from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints, plain_hparams, rng_states, set_rng_state
 from lightning_itk.models.generation import Generator
@@ -165,7 +165,7 @@ class InstructionModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = cast(Batch, self.forward_pass(batch))
         terms, targets = self.losses(batch), count_targets(batch)
-        total = _weighted(terms)
+        total = weighted_sum(terms)
         sums: dict[str, Tensor | int] = {"targets": targets, "tokens": real_tokens(batch).sum()}
         sums["slots"] = batch["input_ids"].numel()
         for name, term in {**terms, "loss": Term(total)}.items():
@@ -196,8 +196,10 @@ class InstructionModule(L.LightningModule):
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         batch = cast(Batch, self.forward_pass(batch))
         terms, targets = self.losses(batch), count_targets(batch)
-        figures = {**terms, "loss": Term(_weighted(terms)), **self.evaluate(batch)}
-        for name, (total, _, elements) in figures.items():
+        loss, own = Term(weighted_sum(terms)), self.evaluate(batch)
+        if twice := own.keys() & {*terms, "loss"}:
+            raise ValueError(f"{', '.join(sorted(twice))}: a term of the loss and a figure of evaluate need two names")
+        for name, (total, _, elements) in {**terms, "loss": loss, **own}.items():
             elements = targets if elements is None else elements
             self._metric(f"{stage}/{name}", TokenMean).update(total, elements)
             if name == "response_loss":
@@ -342,7 +344,3 @@ class InstructionModule(L.LightningModule):
         else:
             scheduler = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _weighted(terms: dict[str, Term]) -> Tensor:
-    return torch.stack([term.weight * term.total for term in terms.values() if term.weight]).sum()

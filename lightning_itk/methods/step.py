@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,11 +13,17 @@ from lightning_itk.models.hidden import HiddenStates
 
 
 class Term(NamedTuple):
-    """One named part of the loss, or one named figure of an evaluation."""
+    """One named part of the loss (logged as train/NAME, val/NAME), or one named figure of an evaluation (val/NAME).
 
-    total: Float[Tensor, ""]  # summed over its elements (tokens, query rows, …), not averaged
-    weight: float = 1.0  # 0 = only logged
-    elements: Tensor | None = None  # what the log divides the total by; None = the batch's response tokens
+    Attributes:
+        total: summed over its elements (tokens, query rows, …), not averaged; a scalar.
+        weight: its factor in the loss; 0 = only logged, so no graph is needed. Of no effect in an evaluation.
+        elements: what the log divides the total by; None = the batch's response tokens.
+    """
+
+    total: Float[Tensor, ""]
+    weight: float = 1.0
+    elements: Tensor | None = None
 
 
 class ForwardPass(dict[str, Any]):
@@ -38,3 +45,19 @@ def on_a_pass(hook: Callable[[Any, Batch], dict[str, Term]]) -> Callable[[Any, B
         return hook(self, cast(Batch, self.forward_pass(batch)))
 
     return wrapped
+
+
+def weighted_sum(terms: dict[str, Term]) -> Float[Tensor, ""]:
+    """What is differentiated: all terms times their weights.
+
+    Raises:
+        ValueError: something that is no Term, the name `loss` (that of the sum), or nothing that has a weight.
+    """
+    for name, term in terms.items():
+        if not isinstance(term, Term) or name == "loss":
+            found = "the name of their sum" if isinstance(term, Term) else type(term).__name__
+            raise ValueError(f"losses must return Terms by name, found {name!r}: {found}")
+    weighted = [term.weight * term.total for term in terms.values() if term.weight]
+    if not weighted:
+        raise ValueError("nothing to learn: no term of the loss has a weight")
+    return torch.stack(weighted).sum()

@@ -15,6 +15,7 @@ from lightning_itk.losses import (
     linear_divergence,
     linear_kl_divergence,
     linear_kl_parts,
+    linear_loss,
 )
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.divergence import divergence_and_gradient, divergence_rows, log_probabilities
@@ -346,7 +347,7 @@ def test_the_reference_losses_on_shifted_rows_and_the_off_by_one_we_do_not_copy(
 def test_refusals_are_one_line():
     h, w, ht, wt, labels = case()
     for call, message in [
-        (lambda: linear_kl_divergence(h, w, ht, wt, labels, kind="tv"), "kind must be"),
+        (lambda: linear_kl_divergence(h, w, ht, wt, labels, kind="unknown"), "kind must be"),
         (lambda: linear_kl_divergence(h, w, ht, wt, labels, temperature=0), "temperature must be positive"),
         (lambda: linear_kl_divergence(h, w, ht, wt, labels, beta=1.5), "beta must be in"),
         (lambda: linear_kl_divergence(h, w, ht[:3], wt, labels), "41 rows and teacher_hidden 3"),
@@ -397,3 +398,38 @@ def test_scores_of_ties_ignored_rows_and_bf16():
     assert nll.item() == pytest.approx(0.6931472)
     with pytest.raises(ValueError, match=r"labels have shape \[4\] but there are 3 rows"):
         linear_token_scores(torch.zeros(3, 5), torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))
+
+
+def test_any_loss_of_a_row_of_logits(monkeypatch):
+    """Value and gradients against fp64 autograd, with a bias, a scale and a soft-cap, in several chunks."""
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 101 * 16)
+    torch.manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((41, 7), (101, 7), (101,))
+    )
+    labels = torch.randint(0, 101, (41,))
+    labels[::5] = -100
+
+    def entropy(logits, labels):
+        assert (labels >= 0).all()
+        log_q = logits.log_softmax(-1)
+        return -(log_q.exp() * log_q).sum(-1)
+
+    logits = 5 * torch.tanh(0.7 * (hidden @ weight.T + bias) / 5)
+    expected = entropy(logits[labels != -100], labels[labels != -100]).sum()
+    actual = linear_loss(entropy, hidden, Head(weight, bias, 0.7, 5.0), labels)
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(3 * x, [hidden, weight, bias]) for x in (actual, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_kind_without_a_formula_is_no_other_kind():
+    logits = torch.randn(2, 3, 5)
+    with pytest.raises(ValueError, match="no formula for kind 'unknown'"):
+        divergence_rows(*logits, "unknown")
+    with pytest.raises(ValueError, match="no formula for kind 'unknown'"):
+        divergence_and_gradient(*logits.log_softmax(-1), "unknown", 0.5, True)
+    with pytest.raises(ValueError, match="kind must be 'forward', 'reverse' or 'jsd', got 'unknown'"):
+        kl_divergence(*logits, kind="unknown")

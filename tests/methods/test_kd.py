@@ -153,7 +153,7 @@ def test_deeper_and_wider_teachers():
         ({"kl_weight": -1.0}, "kl_weight must not be negative"),
         ({"kl_weight": 0.0}, "nothing to learn"),
         ({"beta": 2.0}, "beta must be in"),
-        ({"kind": "tv"}, "kind must be"),
+        ({"kind": "unknown"}, "kind must be"),
         ({"attention": AttentionLoss(layers=[7])}, "the student has layers 0..1, found 7"),
         ({"attention": AttentionLoss(layers="some")}, 'expected "all"'),
     ],

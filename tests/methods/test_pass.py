@@ -157,3 +157,22 @@ def test_a_teacher_without_samples_leaves_no_parameter_without_a_gradient():
     grads = torch.autograd.grad(only, [model.student.lm_head.weight], allow_unused=True)
     assert grads[0] is not None
     assert not grads[0].any()
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (lambda total: {"mine": total}, "losses must return Terms by name, found 'mine': Tensor"),
+        (lambda total: {"loss": itk.Term(total)}, "found 'loss': the name of their sum"),
+        (lambda total: {"mine": itk.Term(total, 0.0)}, "nothing to learn: no term of the loss has a weight"),
+        (lambda total: {"token_accuracy": itk.Term(total)}, "token_accuracy: a term of the loss and a figure of"),
+    ],
+)
+def test_what_is_no_loss_is_one_clear_line(terms, message):
+    class Wrong(itk.SFTModule):
+        def losses(self, batch):
+            return terms(super().losses(batch)["ce"].total)
+
+    loader = torch.utils.data.DataLoader(batches(8)[:1], batch_size=None)
+    with pytest.raises(ValueError, match=message):
+        L.Trainer(**QUIET).validate(Wrong(tiny_model()), loader, verbose=False)
