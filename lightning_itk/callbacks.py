@@ -7,13 +7,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
 from lightning_itk.losses.implementation import resolve_impl
 from lightning_itk.methods.module import InstructionModule
-from lightning_itk.models.export import export
+from lightning_itk.models.export import check_replaceable, export
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType
 from lightning_itk.trainer import datamodule, log_folder, replica
@@ -45,12 +45,13 @@ class HFExport(Callback):
         return Path(self.dirpath or log_folder(trainer) / "export")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metric = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or metric is None or not trainer.fit_loop.max_epochs:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        sign = 1.0 if self.mode == "min" else -1.0
-        value = float(metric)
-        if trainer.state.fn == "fit" and (self.best is None or sign * value < sign * self.best):
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ValueError(f"HFExport: there is no metric {self.monitor!r} to monitor; there are {known}")
+        sign, value = (1.0 if self.mode == "min" else -1.0), float(trainer.callback_metrics[self.monitor])
+        if self.best is None or sign * value < sign * self.best:
             self.best = value
             self._export(trainer, pl_module, "best")
 
@@ -62,8 +63,17 @@ class HFExport(Callback):
         assert isinstance(pl_module, InstructionModule)
         tokenizer = datamodule(trainer).tokenizer or pl_module.tokenizer
         folder = self.folder(trainer) / name
+        try:
+            check_replaceable(folder)
+        except ValueError as error:  # somebody's files came while it trained: keep them, and the student too
+            folder = folder.with_name(f"{name}-step-{trainer.global_step}")
+            rank_zero_warn(f"{error}; exported to {folder}")
         export(pl_module.student, tokenizer, folder, dtype=self.dtype, write=trainer.is_global_zero)
         trainer.strategy.barrier()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name in ("best", "last"):
+            check_replaceable(self.folder(trainer) / name)  # now, not when hours of training are to be saved
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

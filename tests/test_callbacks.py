@@ -106,3 +106,54 @@ def test_the_run_card_says_what_runs(tmp_path, capsys):
     assert "frozen" in facts["teacher 1"]
     assert "2 micro-batches" in facts["optimizer step"]
     assert "KDModule" in capsys.readouterr().out
+
+
+def test_a_monitor_that_never_appears_is_said_at_the_first_validation(tmp_path):
+    with pytest.raises(ValueError, match=r"no metric 'val_loss' to monitor; there are val/ce, val/loss"):
+        fit(itk.SFTModule(tiny_model()), tmp_path, HFExport(monitor="val_loss"))
+
+
+def test_only_earlier_exports_are_replaced(tmp_path):
+    model, tokenizer, folder = tiny_model(), byte_tokenizer(), tmp_path / "out"
+    export(model, tokenizer, folder)
+    export(model, tokenizer, folder)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    export(model, tokenizer, link)
+    assert link.is_symlink()
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"out: holds notes.txt, which no export wrote"):
+        export(model, tokenizer, link)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    base = tmp_path / "base"
+    model.save_pretrained(base)  # a model that somebody else put there
+    with pytest.raises(ValueError, match=r"base: holds config.json, which no export wrote"):
+        export(model, tokenizer, base)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file: is a file"):
+        export(model, tokenizer, tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file", "link", "out"]
+
+
+def test_a_foreign_export_folder_is_said_before_training(tmp_path):
+    (tmp_path / "mine" / "last").mkdir(parents=True)
+    (tmp_path / "mine" / "last" / "thesis.tex").write_text("years")
+    model = itk.SFTModule(tiny_model())
+    with pytest.raises(ValueError, match="holds thesis.tex, which no export wrote"):
+        fit(model, tmp_path, HFExport(str(tmp_path / "mine")))
+    assert model.trainer.global_step == 0
+
+
+def test_files_that_come_while_it_trains_are_kept_and_the_student_too(tmp_path):
+    class Note(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            (tmp_path / "export" / "last").mkdir(parents=True)
+            (tmp_path / "export" / "last" / "notes.txt").write_text("mine")
+
+    model = itk.SFTModule(tiny_model())
+    model.tokenizer = byte_tokenizer()
+    with pytest.warns(UserWarning, match="holds notes.txt, which no export wrote.*exported to .*last-step-4"):
+        fit(model, tmp_path, Note(), HFExport())
+    assert [path.name for path in (tmp_path / "export" / "last").iterdir()] == ["notes.txt"]
+    assert (tmp_path / "export" / "last-step-4" / "model.safetensors").exists()

@@ -1,11 +1,13 @@
 """`export`: a checkpoint as a Hugging Face folder."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 from lightning_itk.data.chat import ensure_chat_template
 from lightning_itk.data.module import read_template
 from lightning_itk.hub import load_tokenizer
-from lightning_itk.models.export import export, load_student
+from lightning_itk.models.export import check_replaceable, export, load_student
 from lightning_itk.models.loading import DType
 
 
@@ -17,6 +19,7 @@ def export_checkpoint(
     dtype: DType = "auto",
     chat_template: str | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Turn a checkpoint of a training run into a Hugging Face folder: weights (adapters merged), tokenizer, template.
 
@@ -24,14 +27,19 @@ def export_checkpoint(
 
     Args:
         ckpt: Checkpoint file of any module of this kit.
-        output: Folder to write; one that exists is replaced.
+        output: Folder to write.
         student: The folder or hub name that training began with; null = what the checkpoint says.
         tokenizer: Folder or hub name of the tokenizer; null = the student's.
         dtype: Precision of the saved weights; auto = as they were trained.
         chat_template: The Jinja chat template of the data module, or a file that holds it; null = the tokenizer's,
             else the Alpaca prompt.
         trust_remote_code: Run code that comes with the student.
+        overwrite: Replace an earlier export; anything else in the folder is never touched.
     """
+    folder = Path(output)
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{output}: exists already; --overwrite true replaces an earlier export")
+    check_replaceable(folder)  # before the models are loaded
     trained = load_student(ckpt, student, trust_remote_code=trust_remote_code)
     words = load_tokenizer(tokenizer or trained.name, trust_remote_code=trust_remote_code)
     ensure_chat_template(words, read_template(chat_template))

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_itk.models.checkpoint import read_checkpoint
 from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
 
+_MANIFEST = "itk_export.json"  # which files of a folder an export wrote
+
 
 def export(
     student: torch.nn.Module,
@@ -26,7 +28,8 @@ def export(
 ) -> None:
     """Save weights (safetensors, adapters merged), configuration and tokenizer with its chat template.
 
-    The folder appears complete or not at all; one that exists is replaced. The student is not changed.
+    The folder appears complete or not at all. An earlier export is replaced, and nothing else: a file that no export
+    wrote is never touched. The student is not changed.
 
     Args:
         student: a causal LM, in a peft wrapper or not, sharded by FSDP2 or not. Sharded ones must be exported on all
@@ -35,7 +38,7 @@ def export(
         write: False only takes part in gathering the weights (all ranks but one).
 
     Raises:
-        ValueError: the folder cannot be written (one line with the reason).
+        ValueError: the folder cannot be written, or holds what no export wrote (one line with the reason).
     """
     sharded = any(isinstance(module, FSDPModule) for module in student.modules())
     state = None
@@ -52,7 +55,8 @@ def export(
         wanted = getattr(torch, dtype)
         source: dict[str, Any] = student.state_dict() if state is None else state
         state = {name: t.to(wanted) if t.is_floating_point() else t for name, t in source.items()}
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # the target of a link, which stays
+    check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -64,6 +68,8 @@ def export(
             config = json.loads((temporary / "config.json").read_text())
             (temporary / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
         tokenizer.save_pretrained(temporary)
+        written = sorted(path.name for path in temporary.iterdir())
+        (temporary / _MANIFEST).write_text(json.dumps({"files": written}, indent=2) + "\n")
         temporary.chmod(0o755)
         if folder.exists():
             old = temporary.with_name(temporary.name + ".old")
@@ -78,6 +84,25 @@ def export(
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{folder}: cannot be written: {reason}") from error
         raise
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier export.
+
+    Raises:
+        ValueError: it is a file, or holds what no export wrote; names the first such entry.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, an export is a folder")
+    try:
+        known = {*json.loads((folder / _MANIFEST).read_text())["files"], _MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    foreign = sorted({path.name for path in folder.iterdir()} - known)
+    if foreign:
+        raise ValueError(f"{folder}: holds {foreign[0]}, which no export wrote: move it away or name another folder")
 
 
 class Trained(NamedTuple):
