@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,6 +27,7 @@ from lightning_itk.batch import (
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.implementation import Impl
+from lightning_itk.methods.finite import FiniteGuard, NonFinite
 from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_gradients
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
@@ -57,6 +57,8 @@ class InstructionModule(L.LightningModule):
             takes the optimizer; null keeps the learning rate constant. Stepped once per optimizer step.
         warmup: Share of all steps (below 1) or number of steps (1 and more) for a named schedule's warm-up.
         max_new_tokens: Longest answer in the predict loop.
+        nonfinite: A step whose loss or gradient is not finite: stop = an error that says where, before the weights are
+            touched; skip = leave it out and count it as train/skipped_steps.
         impl: Loss implementation: auto takes Triton on a GPU that supports it and torch elsewhere.
         trust_remote_code: Run code that comes with the model.
     """
@@ -74,6 +76,7 @@ class InstructionModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | str | None = "cosine",
         warmup: float = 0.03,
         max_new_tokens: int = 256,
+        nonfinite: NonFinite = "stop",
         impl: Impl = "auto",
         trust_remote_code: bool = False,
     ) -> None:
@@ -107,7 +110,7 @@ class InstructionModule(L.LightningModule):
         if compile:
             base_causal_lm(model).get_decoder().compile()
         self.student = model.train()  # from_pretrained leaves a model in eval mode
-        self._sums = StepSums()
+        self._sums, self._guard = StepSums(), FiniteGuard(nonfinite)
         self._metrics: dict[str, TokenMean] = {}
         self._clock: tuple[float, int] | None = None
         self._rng_states: list[dict[str, Tensor]] | None = None
@@ -172,6 +175,7 @@ class InstructionModule(L.LightningModule):
             sums[f"train/{name}"] = term.total
             sums[f"elements/{name}"] = targets if term.elements is None else term.elements
         self._sums.add(sums, total.device)
+        self._guard.add(batch, total)
         return total * LOSS_SCALE
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -289,9 +293,13 @@ class InstructionModule(L.LightningModule):
         replicas = replica(self.trainer).total
         count = sums["targets"].clamp_min(1) * replicas / self.trainer.world_size
         factor = self.trainer.accumulate_grad_batches * replicas / (LOSS_SCALE * count)
-        scale_gradients((p for group in optimizer.param_groups for p in group["params"]), factor)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        scale_gradients(parameters, factor)
+        norm = self._guard.norm(self.trainer, parameters, sums)
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == 0 or (step + 1) % every == 0:
+            self._guard.check(self.trainer)
+            self.log("train/grad_norm", norm)
             self._log_step(optimizer, sums)
 
     def _log_step(self, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]) -> None:
@@ -299,9 +307,8 @@ class InstructionModule(L.LightningModule):
         means = {name: (sums[f"train/{name}"] / sums[f"elements/{name}"].clamp_min(1)).float() for name in names}
         self.log_dict({f"train/{name}": mean for name, mean in means.items()})
         self.log("loss", means["loss"], prog_bar=True, logger=False)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if self._guard.mode == "skip":
+            self.log("train/skipped_steps", float(self._guard.skipped))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         self.log("train/padding", (1 - sums["tokens"] / sums["slots"]).float())
         now, step = time.perf_counter(), self.trainer.global_step
@@ -325,10 +332,13 @@ class InstructionModule(L.LightningModule):
         self._metrics.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._guard.check(self.trainer)
         checkpoint["rng_states"] = rng_states(self.trainer.world_size)
+        checkpoint["skipped_steps"] = self._guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._rng_states = checkpoint.get("rng_states")
+        self._guard.skipped = checkpoint.get("skipped_steps", 0)
 
     def configure_optimizers(self) -> Any:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
