@@ -26,6 +26,7 @@ class RatedResponse(NamedTuple):
     messages: list[Message] | None  # the whole conversation; None = there is no response
     reward: float  # nan = none
     place: str  # in its file
+    finished: bool = True  # False = cut off when it was generated
 
 
 class Candidates(NamedTuple):
@@ -76,12 +77,13 @@ def _read(source: Source, reward_column: str | None, missing: Missing) -> dict[t
     """Answers by prompt; a prompt that comes again counts as another one."""
     found: dict[tuple[bytes, int], RatedResponse] = {}
     for chunk in read_chunks(source):
-        records = parse_chunk(chunk, source, need_response=False)
-        for record, original in zip(records, chunk.objects(), strict=True):
+        for record in parse_chunk(chunk, source, need_response=False):
+            original = chunk.original(record)
             answer = RatedResponse(
                 _conversation(original, record, source.columns or {}, missing),
                 math.nan if reward_column is None else _reward(original, reward_column, record.place, missing),
                 record.place,
+                original.get("finished") is not False,
             )
             digest, again = record.digest(), 0
             while (digest, again) in found:

@@ -103,6 +103,9 @@ def choose_teacher(
     )
     console.print(ranking_table(ranking))
     console.print("\n".join(verdicts(ranking)), soft_wrap=True, highlight=False)
+    for name, answers in found.answers.items():
+        if count := sum(not answer.finished for answer in answers):
+            console.print(f"{name}: {count:,} of {len(answers):,} answers are cut off (finished: false)")
     asked = len(next(iter(found.answers.values()))) + found.dropped
     if ranking[0].prompts < asked:
         console.print(f"{asked - ranking[0].prompts:,} of {asked:,} instructions were dropped (missing: drop)")

@@ -37,14 +37,14 @@ def generate_responses(
     Args:
         model: Folder or hub name of the model, with its tokenizer.
         prompts: File or hub name of the prompts; responses in it are ignored.
-        output: JSON Lines file to write: the prompts' columns, response, teacher, and whether the model ended it.
+        output: JSON Lines file to write: the prompts' columns, response, and whether the model ended it.
         max_new_tokens: Longest response.
         batch_size: Prompts at once, of similar length.
         temperature: 0 takes the likeliest token each time; 1 draws from the model's own distribution.
         seed: Of drawing.
         dtype: Precision of the weights; auto keeps the model's.
         limit: Answer only so many prompts, the first; null = all.
-        teacher: Tag of the records; null = the name of the model.
+        teacher: Tag of the records, by which DAE finds their teacher; null = none.
         chat_template: A Jinja chat template or a file that holds one; null = the tokenizer's, else the Alpaca prompt.
         device: Where to run; auto = a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
@@ -61,19 +61,17 @@ def generate_responses(
     loaded.to(device_of(device))  # type: ignore[arg-type]
     drawing = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens}
     generator = Generator(loaded, tokenizer, stops=encoder.stop_tokens(), **drawing)  # type: ignore[arg-type]
-    name = teacher or Path(model).name
     settings: dict[str, Any] = drawing | {
         "model": model,
         "dtype": str(loaded.dtype),
         "batch_size": batch_size,
         "prompts": prompts_fingerprint(found),
         "template": encoder.fingerprint(),
-        "teacher": name,
+        "teacher": teacher,
     }
     with progress_bar("generating", len(found)) as advance:
-        records = write_responses(
-            generator, encoder, source, found, output, settings, teacher=name, batch_size=batch_size, progress=advance
-        )
+        options: dict[str, Any] = {"teacher": teacher, "batch_size": batch_size, "progress": advance}
+        records = write_responses(generator, encoder, source, found, output, settings, **options)
     texts = [record["response"] if "response" in record else record["messages"][-1]["content"] for record in records]
     cut = sum(not record["finished"] for record in records)
     empty = sum(not text.strip() for text in texts)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_itk.data.records import DataError, Fingerprint, Message, Record, joint_fingerprint
+from lightning_itk.data.records import DataError, Fingerprint, Invalid, Message, Record, joint_fingerprint
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
 from lightning_itk.files import atomic_write
 from lightning_itk.selection.clusters import cluster_text
@@ -28,12 +28,15 @@ class RecordIndex:
     kept: list[Any] = field(default_factory=list)  # what `keep` made of each record
 
 
-def index_records(sources: Sequence[Source], keep: Callable[[Record, Any], Any] | None = None) -> RecordIndex:
+def index_records(
+    sources: Sequence[Source], keep: Callable[[Record, Any], Any] | None = None, invalid: Invalid = "refuse"
+) -> RecordIndex:
     """Read all records, check them, and take their fingerprint: that of a data module with the same sources.
 
     Args:
         sources: the sources, in the data module's order.
         keep: what to remember of a record, from its checked and its original form; None = nothing.
+        invalid: drop = a record that cannot be used is counted, and None is remembered of it.
 
     Raises:
         DataError: as for training.
@@ -42,11 +45,11 @@ def index_records(sources: Sequence[Source], keep: Callable[[Record, Any], Any] 
     for source in sources:
         fingerprint, before = Fingerprint(), found.count
         for chunk in read_chunks(source):
-            records = parse_chunk(chunk, source)
+            records = parse_chunk(chunk, source, invalid=invalid)
             fingerprint.add(b"".join(record.digest() for record in records))
             found.count += len(records)
             if keep is not None:
-                found.kept += map(keep, records, chunk.objects())
+                found.kept += (None if record.invalid else keep(record, chunk.original(record)) for record in records)
         fingerprints.append(fingerprint)
         found.source.append(found.count - before)
     found.fingerprint = joint_fingerprint(fingerprints)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_itk.cli.records import check_output, column_value, index_records, text_to_embed, write_records
-from lightning_itk.data.records import DataError
+from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sources import Sources, as_sources
 from lightning_itk.data.subset import clusters_of, epochs_needed
 from lightning_itk.selection.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
@@ -26,6 +26,7 @@ def select_records(
     order: Order = "lowest",
     clusters: int | str | None = None,
     embedder: str = DEFAULT_EMBEDDER,
+    invalid: Invalid = "refuse",
     seed: int = 0,
 ) -> None:
     """Choose records by recorded scores and write them to a file, with a picture of the choice beside it.
@@ -40,6 +41,7 @@ def select_records(
         clusters: Choose the same share of every cluster: a number (embed the records and run k-means), a column of
             the records, or a Parquet file with the columns record and cluster.
         embedder: sentence-transformers model for a number of clusters.
+        invalid: drop = pass over records that cannot be used, as the data module did with data.invalid drop.
         seed: Of random choices and of k-means.
     """
     sources, console = as_sources(data), Console()
@@ -55,7 +57,7 @@ def select_records(
     keep = text_to_embed if isinstance(clusters, int) else None
     if isinstance(clusters, str) and not clusters.endswith(".parquet"):
         keep = column_value(clusters)  # type: ignore[assignment]
-    found = index_records(sources, keep)
+    found = index_records(sources, keep, invalid)
     recorded = read_scores(scores, epochs=epochs_needed(ranked))
     check_records(recorded, found.fingerprint)
     values = sample_scores(ranked, recorded.losses, recorded.tokens)

@@ -28,14 +28,15 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lightning_itk.data.chat import ChatEncoder, Encoded
-from lightning_itk.data.records import DataError, Fingerprint, Record
+from lightning_itk.data.records import DataError, Fingerprint, Invalid, Record
 from lightning_itk.data.samples import SCHEMA, Summary, TokenizedSource
 from lightning_itk.data.sources import Chunk, Source, content_hash, parse_chunk, read_chunks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CUT_OFF = "response cut off by max_length"
 TOO_LONG = "prompt longer than max_length"
 
+_PLACES = 10  # of records that cannot be used are named
 _IN_PROCESS_CHUNKS = 4  # so few chunks are done before worker processes have started
 
 
@@ -52,6 +53,7 @@ def tokenize(
     cache_dir: str | os.PathLike[str] | None = None,
     num_proc: int | None = None,
     prompts: bool = False,
+    invalid: Invalid = "refuse",
     progress: bool = True,
 ) -> TokenizedSource:
     """The tokenized samples of a source, from the cache if they are there.
@@ -64,6 +66,7 @@ def tokenize(
         cache_dir: folder of all caches; None = `default_cache_dir()`.
         num_proc: worker processes; None = one per usable core, 1 = this process.
         prompts: tokenize for generation: without the response, ending in the generation prompt.
+        invalid: drop = leave out records that cannot be used, counted by reason.
         progress: show a progress bar.
 
     Raises:
@@ -72,10 +75,11 @@ def tokenize(
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     parts = [FORMAT_VERSION, content_hash(source), Path(source.path).suffixes if source.is_file else source.split]
     parts += [sorted((source.columns or {}).items()), encoder.fingerprint(), max_length, prompts]
+    parts += [invalid] if invalid != "refuse" else []
     folder = root / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     if not folder.exists():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        _build(folder, _Job(source, encoder, max_length, prompts), num_proc or cores, progress)
+        _build(folder, _Job(source, encoder, max_length, prompts, invalid), num_proc or cores, progress)
     return TokenizedSource(folder)
 
 
@@ -84,6 +88,7 @@ class _Job(NamedTuple):
     encoder: ChatEncoder
     max_length: int
     prompts: bool
+    invalid: Invalid
 
 
 class _Block(NamedTuple):
@@ -94,13 +99,19 @@ class _Block(NamedTuple):
     digests: bytes  # 16 per record
     counts: Counter[str]
     dropped: Counter[str]
+    invalid: list[str]  # place and reason of records that cannot be used
 
 
 def _work(job: _Job, chunk: Chunk) -> _Block:
-    records = parse_chunk(chunk, job.source, need_response=not job.prompts)
+    try:
+        records = parse_chunk(chunk, job.source, need_response=not job.prompts, invalid=job.invalid)
+        encoded_records, unusable = _encode(job, [record for record in records if not record.invalid])
+    except DataError as error:
+        raise DataError(f"{error} (data.invalid: drop leaves such records out)") from None
+    unusable = [record for record in records if record.invalid] + unusable
     kept: list[tuple[Record, Encoded]] = []
-    counts, dropped = Counter(records=len(records)), Counter[str]()
-    for record, encoded in zip(records, _encode(job, records), strict=True):
+    counts, dropped = Counter(records=len(records)), Counter(record.invalid for record in unusable)
+    for record, encoded in encoded_records:
         cut = encoded if job.prompts else encoded.truncated(job.max_length)
         if len(cut.input_ids) > job.max_length:
             dropped[TOO_LONG] += 1
@@ -112,6 +123,7 @@ def _work(job: _Job, chunk: Chunk) -> _Block:
     ids = [encoded.input_ids for _, encoded in kept]
     spans = [encoded.spans for _, encoded in kept]
     flat_ids = np.concatenate([np.empty(0, np.int32), *ids])
+    counts["unfinished"] = sum(record.messages[-1].get("learn") == "words" for record, _ in kept)
     counts["samples"], counts["tokens"] = len(kept), len(flat_ids)
     counts["learned"] = int(sum((span[:, 1] - span[:, 0]).sum() for span in spans))
     counts["max_token_id"] = int(flat_ids.max(initial=-1))
@@ -124,10 +136,13 @@ def _work(job: _Job, chunk: Chunk) -> _Block:
         "response_chars": np.array([_response_chars(record) for record, _ in kept], np.int32),
         "digest": np.array([int.from_bytes(by_number[record.number][:8], "little") for record, _ in kept], np.uint64),
     }
-    return _Block(columns, [record.teacher for record, _ in kept], b"".join(digests), counts, dropped)
+    invalid = [f"{record.place}: {record.invalid}" for record in sorted(unusable, key=lambda record: record.number)]
+    return _Block(columns, [record.teacher for record, _ in kept], b"".join(digests), counts, dropped, invalid)
 
 
-def _encode(job: _Job, records: list[Record]) -> list[Encoded]:
+def _encode(job: _Job, records: list[Record]) -> tuple[list[tuple[Record, Encoded]], list[Record]]:
+    """Records with their tokens, and those that the template refuses."""
+
     def encode(some: list[Record]) -> list[Encoded]:
         if job.prompts:
             nothing = np.empty((0, 2), np.int32)
@@ -135,14 +150,17 @@ def _encode(job: _Job, records: list[Record]) -> list[Encoded]:
         return job.encoder.encode([record.messages for record in some])
 
     try:
-        return encode(records)
+        return list(zip(records, encode(records), strict=True)), []
     except ValueError:
-        for record in records:  # find the one that fails
+        encoded, refused = [], []
+        for record in records:  # find those that fail
             try:
-                encode([record])
+                encoded.append((record, encode([record])[0]))
             except ValueError as error:
-                raise DataError(f"{record.place}: {error}") from None
-        raise
+                if job.invalid == "refuse":
+                    raise DataError(f"{record.place}: {error}") from None
+                refused.append(record._replace(invalid=str(error)))
+        return encoded, refused
 
 
 def _response_chars(record: Record) -> int:
@@ -187,11 +205,12 @@ def _write(writer: pa.RecordBatchFileWriter, job: _Job, num_proc: int, progress:
             arrays = {**block.columns, "teacher": teacher}
             if block.counts["samples"]:
                 writer.write_batch(pa.record_batch([_array(arrays[name]) for name in SCHEMA.names], schema=SCHEMA))
-            for name in ("records", "samples", "truncated", "tokens", "learned"):
+            for name in ("records", "samples", "truncated", "tokens", "learned", "unfinished"):
                 setattr(summary, name, getattr(summary, name) + block.counts[name])
             summary.max_token_id = max(summary.max_token_id, block.counts["max_token_id"])
             for reason, count in block.dropped.items():
                 summary.dropped[reason] = summary.dropped.get(reason, 0) + count
+            summary.invalid += block.invalid[: _PLACES - len(summary.invalid)]
             fingerprint.add(block.digests)
             bar.update(task, completed=summary.records)
     summary.teachers, summary.fingerprint = list(tags), str(fingerprint)

@@ -161,6 +161,8 @@ class ChatEncoder:
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[str, Spans]]:
         """The text of each conversation and the character spans that are learned in it."""
+        said = [[message.get("learn", "") for message in c if message["role"] == "assistant"] for c in conversations]
+        conversations = [[{"role": m["role"], "content": m["content"]} for m in c] for c in conversations]
         if self._has_generation_marks:
             texts, spans = self._call_template(conversations, return_assistant_tokens_mask=True)
             found: list[Spans | None] = [[(start, end) for start, end in spans_ if start < end] for spans_ in spans]
@@ -171,12 +173,17 @@ class ChatEncoder:
             marked = self._render([_mark(messages, _OPEN, _CLOSE) for messages in conversations])
             found = [_spans_of_marks(*pair, _OPEN, _CLOSE) for pair in zip(texts, marked, strict=True)]
         results = []
-        for messages, text, spans_ in zip(conversations, texts, found, strict=True):
+        for messages, learn, text, spans_ in zip(conversations, said, texts, found, strict=True):
             if not spans_ or not self._has_generation_marks and len(spans_) != len(_assistant_turns(messages)):
                 spans_ = self._search_spans(messages, text)
             if self._writes_before_answer:
                 spans_ = self._from_generation_prompt(messages, text, spans_)
-            results.append(self._with_stops(text, spans_))
+            text, spans_ = self._with_stops(text, spans_, ended=learn[-1:] != ["words"])
+            if "nothing" in learn:
+                if len(spans_) != len(learn):
+                    raise ValueError("the chat template does not mark every assistant turn, so weight 0 cannot be kept")
+                spans_ = [span for span, mode in zip(spans_, learn, strict=True) if mode != "nothing"]
+            results.append((text, spans_))
         return results
 
     def _render(self, conversations: Sequence[Sequence[Message]], **options: Any) -> list[str]:
@@ -239,12 +246,15 @@ class ChatEncoder:
             extended.append((len(prompt) if text[:start].startswith(prompt) else start, end))
         return extended
 
-    def _with_stops(self, text: str, spans: Spans) -> tuple[str, Spans]:
-        """Extend each span over its stop token; append EOS where the last turn has none."""
+    def _with_stops(self, text: str, spans: Spans, *, ended: bool = True) -> tuple[str, Spans]:
+        """Extend each span over its stop token; append EOS where the last turn has none. ended False = not the last."""
         extended: Spans = []
         stop_text = ""
         for start, end in reversed(spans):
-            if stop := self._stop.match(text, end):
+            if not ended and not extended:
+                if self._has_generation_marks and (stop := self._ends_with_stop.search(text, start, end)):
+                    end = stop.start()
+            elif stop := self._stop.match(text, end):
                 end = stop.end()
             elif self._has_generation_marks and (stop := self._ends_with_stop.search(text, start, end)):
                 end -= len(stop["after"])  # the line break behind the stop token is not the assistant's

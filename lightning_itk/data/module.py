@@ -2,18 +2,18 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_itk.data.cache import tokenize
+from lightning_itk.data.cache import CUT_OFF, TOO_LONG, tokenize
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.loader import ResumableLoader, SampleSet
-from lightning_itk.data.records import DataError
+from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sampler import BatchSampler, MixedSource
 from lightning_itk.data.samples import TokenizedSource
 from lightning_itk.data.sources import Sources, as_sources
@@ -46,6 +46,8 @@ class InstructionDataModule(L.LightningDataModule):
         num_workers: Processes that prepare batches.
         num_proc: Processes that tokenize; null = one per usable core.
         cache_dir: Folder of the token caches; null = $ITK_CACHE, else ~/.cache/lightning_itk.
+        invalid: What becomes of records that cannot be used (an empty response, a missing field): refuse = an error
+            that names the first; drop = they are left out, counted by reason, and the first ten are named.
         seed: Of the order, the validation share and the weights' random choices.
     """
 
@@ -66,6 +68,7 @@ class InstructionDataModule(L.LightningDataModule):
         num_workers: int = 0,
         num_proc: int | None = None,
         cache_dir: str | None = None,
+        invalid: Invalid = "refuse",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -87,6 +90,9 @@ class InstructionDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.shuffle, self.packing, self.seed = shuffle, packing, seed
         self.subset = Subset(**subset) if isinstance(subset, dict) else subset
+        if invalid not in get_args(Invalid):
+            raise DataError(f"invalid is {invalid!r}, expected refuse or drop")
+        self.invalid: Invalid = invalid
         self.num_workers, self.num_proc, self.cache_dir = num_workers, num_proc, cache_dir
         self._tokenizer, self._chat_template = tokenizer, read_template(chat_template)
         self._encoder: ChatEncoder | None = None
@@ -240,6 +246,7 @@ class InstructionDataModule(L.LightningDataModule):
                 cache_dir=self.cache_dir,
                 num_proc=self.num_proc,
                 prompts=name == "predict",
+                invalid=self.invalid,
                 progress=progress,
             )
             for source in self.sources[name]
@@ -316,20 +323,26 @@ def _students_tokenizer(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | 
 def _report(name: str, tokenized: list[TokenizedSource], max_length: int) -> None:
     """One line on what became of the records. Raises DataError if no sample is left."""
     summaries = [source.summary for source in tokenized]
-    records, samples, truncated, tokens, learned = (
+    records, samples, truncated, tokens, learned, unfinished = (
         sum(getattr(summary, field) for summary in summaries)
-        for field in ("records", "samples", "truncated", "tokens", "learned")
+        for field in ("records", "samples", "truncated", "tokens", "learned", "unfinished")
     )
     dropped: Counter[str] = Counter()
     for summary in summaries:
         dropped.update(summary.dropped)
-    reasons = ", ".join(f"{count:,} {reason}={max_length}" for reason, count in sorted(dropped.items()))
+    limit = dict.fromkeys((CUT_OFF, TOO_LONG), f"={max_length}")
+    reasons = ", ".join(f"{count:,} {reason}{limit.get(reason, '')}" for reason, count in sorted(dropped.items()))
     if not samples:
         raise DataError(f"{name}: no sample is left of {records:,} records: {reasons}")
     rank_zero_info(
         f"{name}: {records:,} records, {samples:,} samples"
         + (f", dropped {reasons}" if reasons else "")
         + (f", {truncated:,} truncated" if truncated else "")
+        + (f", {unfinished:,} with finished: false (their end is not learned)" if unfinished else "")
         + f", {tokens:,} tokens"
         + (f", {learned / tokens:.1%} learned" if learned else "")
     )
+    for place in [place for summary in summaries for place in summary.invalid][:10]:
+        rank_zero_info(f"  left out: {place}")
+    if (share := sum(dropped.values()) / records) > 0.05:
+        rank_zero_warn(f"{name}: {share:.0%} of the records were dropped: {reasons}")

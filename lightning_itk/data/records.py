@@ -1,22 +1,24 @@
 """Records: check one and bring it into one form, a list of messages with an optional teacher tag.
 
 Known forms: `messages` (role, content; also ShareGPT's `conversations` with from, value), Alpaca (`instruction`,
-`input`, `output`), Dolly (`instruction`, `context`, `response`) and `prompt` with `completion`. Everything wrong with a
-record is one line.
+`input`, `output`; as LLaMA-Factory has it also `system`, and `history` in pairs), Dolly (`instruction`, `context`,
+`response`) and `prompt` with `completion`. A message with `weight: 0` is context only; the end of an answer that was
+cut off when it was generated (`finished: false`) is not learned. Everything wrong with a record is one line.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Message = dict[str, str]
+"""`role` and `content`; an assistant's may say `learn`: "nothing" of it, or its "words" without the end."""
 
 # The first name that a record has is taken. `generate` leaves out whatever a response may be called.
 # New names are listed above, too, in the docstring of InstructionDataModule and in the README.
 PROMPTS, CONTEXTS, RESPONSES = ("instruction", "prompt"), ("input", "context"), ("response", "output", "completion")
 CONVERSATIONS = ("messages", "conversations")
-ROLES = (*CONVERSATIONS, "system", *PROMPTS, *CONTEXTS, *RESPONSES, "teacher", "is_domain")
+ROLES = (*CONVERSATIONS, "system", "history", *PROMPTS, *CONTEXTS, *RESPONSES, "teacher", "is_domain")
 """Our names for what a record holds: the keys of `Source.columns`."""
 
 _CHAT_ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
@@ -26,6 +28,10 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message is one line: where, what, and what is expected."""
 
 
+Invalid = Literal["refuse", "drop"]
+"""What becomes of a record that cannot be used: an error, or it is left out and counted."""
+
+
 class Record(NamedTuple):
     """A checked record."""
 
@@ -33,10 +39,14 @@ class Record(NamedTuple):
     teacher: str  # its own tag, "" if it has none
     number: int  # in its source, from 0
     place: str  # for error messages, e.g. "shop.jsonl line 17"
+    invalid: str = ""  # why it cannot be used; then there are no messages
 
     def digest(self) -> bytes:
         """16 bytes that tell this record's conversation from any other."""
-        text = "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in self.messages)
+        parts = [part for message in self.messages for part in (message["role"], message["content"])]
+        text = "\x1e".join(map("\x1f".join, zip(parts[::2], parts[1::2], strict=True)))
+        if any("\x1e" in part or "\x1f" in part for part in parts):  # what separates may also stand within
+            text = json.dumps(parts)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -105,6 +115,10 @@ def check(record: Any, columns: Mapping[str, str], *, need_response: bool = True
         messages = _conversation(record[key], key)
     else:
         messages = _single_turn(record, find, need_response)
+    if (key := find(("system",))) is not None and (system := _text(record, key, optional=True)):
+        if messages and messages[0]["role"] == "system":
+            raise DataError(f"field {key!r} beside a message of the role system, expected one of them")
+        messages.insert(0, {"role": "system", "content": system})
     if need_response:
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()  # words nobody answers teach nothing
@@ -113,6 +127,10 @@ def check(record: Any, columns: Mapping[str, str], *, need_response: bool = True
         for message in messages:
             if message["role"] == "assistant" and not message["content"].strip():
                 raise DataError("empty response, expected text in every assistant turn")
+        if all(message.get("learn") == "nothing" for message in messages if message["role"] == "assistant"):
+            raise DataError("every assistant turn has weight 0, so nothing is learned")
+        if record.get("finished") is False and "learn" not in messages[-1]:
+            messages[-1]["learn"] = "words"
     else:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -133,16 +151,19 @@ def _single_turn(record: dict[str, Any], find: Any, need_response: bool) -> list
         raise DataError(f"no prompt: expected a field {expected}, found {_names(record)}")
     if need_response and response_key is None:
         raise DataError(f"missing response: expected one of {', '.join(RESPONSES)}, found {_names(record)}")
-    messages = []
-    if (key := find(("system",))) is not None and (system := _text(record, key, optional=True)):
-        messages.append({"role": "system", "content": system})
+    messages = [] if (key := find(("history",))) is None else _history(record[key], key)
+    context_key = find(CONTEXTS)
+    context = "" if context_key is None else _text(record, context_key, optional=True)
     if isinstance(record[prompt_key], list):  # a conversation as prompt
-        messages += _conversation(record[prompt_key], prompt_key)
+        if context:
+            raise DataError(f"field {context_key!r} beside a conversation in {prompt_key!r}: write it into a message")
+        prompt = _conversation(record[prompt_key], prompt_key)
+        if not prompt:
+            raise DataError(f"field {prompt_key!r} is an empty list, expected a prompt")
     else:
-        parts = [_text(record, prompt_key)]
-        if (key := find(CONTEXTS)) is not None:
-            parts.append(_text(record, key, optional=True))
-        messages.append({"role": "user", "content": "\n\n".join(part for part in parts if part)})
+        parts = [_text(record, prompt_key), context]
+        prompt = [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+    messages += prompt
     if need_response and response_key is not None:
         if isinstance(record[response_key], list):
             messages += _conversation(record[response_key], response_key)
@@ -165,6 +186,21 @@ def _conversation(turns: Any, key: str) -> list[Message]:
         if not isinstance(content, str):
             raise DataError(f"{where}: content is {_kind(content)}, expected text")
         messages.append({"role": _CHAT_ROLES[role], "content": content})
+        weight = turn.get("weight")
+        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+            raise DataError(f"{where}: weight is {weight!r}, expected 0 or 1")
+        if weight == 0 and messages[-1]["role"] == "assistant":
+            messages[-1]["learn"] = "nothing"
+    return messages
+
+
+def _history(pairs: Any, key: str) -> list[Message]:
+    """Earlier turns as pairs of what the user and the assistant said."""
+    messages = []
+    for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], 1):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise DataError(f"field {key!r}: turn {number} is {_kind(pair)}, expected [what was asked, what was said]")
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return messages
 
 

@@ -33,8 +33,10 @@ class Summary:
     truncated: int = 0  # samples kept with the end of their conversation cut off
     tokens: int = 0
     learned: int = 0
+    unfinished: int = 0  # samples whose answer was cut off when it was generated: its end is not learned
     max_token_id: int = -1
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> records
+    invalid: list[str] = field(default_factory=list)  # the first places and reasons of records that cannot be used
     teachers: list[str] = field(default_factory=list)  # tags in order of appearance
     fingerprint: str = ""  # of the records in their order, dropped ones included, without the tokenizer
 

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from lightning_itk.data.records import ROLES, DataError, Record, check, parse_line
+from lightning_itk.data.records import ROLES, DataError, Invalid, Record, check, parse_line
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 _CHUNK_RECORDS, _CHUNK_BYTES = 512, 1 << 20
@@ -107,9 +107,10 @@ class Chunk(NamedTuple):
     places: list[int]  # 1-based line or record numbers
     raw: list[Any]  # bytes (a line of JSON) or what a parser returned
 
-    def objects(self) -> list[Any]:
-        """The records as they came, parsed: what stands beside a checked `Record`, with all its columns."""
-        return [parse_line(raw) if isinstance(raw, bytes) else raw for raw in self.raw]
+    def original(self, record: Record) -> Any:
+        """A checked record of this chunk as it came, parsed, with all its columns."""
+        raw = self.raw[record.number - self.first]
+        return parse_line(raw) if isinstance(raw, bytes) else raw
 
 
 def read_chunks(source: Source) -> Iterator[Chunk]:
@@ -137,13 +138,16 @@ def read_chunks(source: Source) -> Iterator[Chunk]:
         raise DataError(f"{name}: the file holds no records")
 
 
-def parse_chunk(chunk: Chunk, source: Source, *, need_response: bool = True) -> list[Record]:
+def parse_chunk(
+    chunk: Chunk, source: Source, *, need_response: bool = True, invalid: Invalid = "refuse"
+) -> list[Record]:
     """Parse and check the records of a chunk.
 
     Args:
         chunk: from `read_chunks`.
         source: its source.
         need_response: False reads prompts: a response may be missing, and one that is there is left out.
+        invalid: drop = a record that is not as expected stays in its place, without messages and with the reason.
 
     Raises:
         DataError: at the first record that is not as expected.
@@ -154,9 +158,12 @@ def parse_chunk(chunk: Chunk, source: Source, *, need_response: bool = True) -> 
         try:
             record = parse_line(raw) if isinstance(raw, bytes) else raw
             messages, teacher = check(record, source.columns or {}, need_response=need_response)
+            reason = ""
         except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        records.append(Record(messages, teacher, chunk.first + offset, place))
+            if invalid == "refuse":
+                raise DataError(f"{place}: {error}") from None
+            messages, teacher, reason = [], "", str(error)
+        records.append(Record(messages, teacher, chunk.first + offset, place, reason))
     return records
 
 

@@ -48,7 +48,7 @@ def read_prompts(source: Source, limit: int | None = None) -> list[Prompt]:
     prompts: list[Prompt] = []
     for chunk in read_chunks(source):
         records = parse_chunk(chunk, source, need_response=False)
-        prompts += map(Prompt, records, chunk.objects())
+        prompts += (Prompt(record, chunk.original(record)) for record in records)
         if limit is not None and len(prompts) >= limit:
             break
     return prompts[:limit]
@@ -83,7 +83,7 @@ def prompt_ids(encoder: ChatEncoder, prompts: Sequence[Prompt], generator: Gener
     return found
 
 
-def answered(prompt: Prompt, columns: Mapping[str, str], response: Response, teacher: str) -> dict[str, Any]:
+def answered(prompt: Prompt, columns: Mapping[str, str], response: Response, teacher: str | None) -> dict[str, Any]:
     """A record that holds a prompt as it came and a response to it, in a form that needs no column map."""
     left_out = {*RESPONSES, *CONVERSATIONS, "teacher", "is_domain", *columns.values()}
     fields = {name: value for name, value in prompt.original.items() if name not in left_out}
@@ -92,7 +92,8 @@ def answered(prompt: Prompt, columns: Mapping[str, str], response: Response, tea
         for name, column in columns.items()
         if name not in left_out and column in prompt.original
     }
-    more = {"teacher": teacher, "finished": response.finished, "record": prompt.record.number}
+    more: dict[str, Any] = {"teacher": teacher} if teacher else {}
+    more |= {"finished": response.finished, "record": prompt.record.number}
     try:  # instruction with response, where that says it all
         if check({**fields, "response": "a"}, {})[0][:-1] == prompt.record.messages:
             return {**fields, "response": response.text, **more}
@@ -111,7 +112,7 @@ def write_responses(
     output: str | Path,
     settings: Mapping[str, Any],
     *,
-    teacher: str,
+    teacher: str | None = None,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
@@ -124,7 +125,7 @@ def write_responses(
         prompts: the prompts.
         output: JSON Lines file to write, in the order of the prompts; it must not exist.
         settings: everything that the responses depend on, as plain JSON.
-        teacher: the tag of the records.
+        teacher: the tag of the records; None = none.
         batch_size: prompts at once, of similar length; it belongs to the settings.
         progress: told how many prompts are answered.
 

@@ -264,3 +264,21 @@ def test_fingerprint_follows_the_tokenizer_and_the_template() -> None:
     assert base == ChatEncoder(make_tokenizer(CHATML)).fingerprint()
     assert base != ChatEncoder(make_tokenizer(ZEPHYR)).fingerprint()
     assert base != ChatEncoder(make_tokenizer(CHATML, "sentencepiece")).fingerprint()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_that_are_not_learned_and_ends_that_are_not(name: str) -> None:
+    tokenizer = make_tokenizer(TEMPLATES[name][0])
+    encoder = ChatEncoder(tokenizer)
+    messages = chat("Why?", "Because.", "Really?", "Yes, it")
+    whole = encoder.encode([messages])[0]
+    messages[-1]["learn"] = "words"
+    cut = encoder.encode([messages])[0]
+    assert learned_texts(tokenizer, cut)[-1].endswith("Yes, it")
+    assert learned_texts(tokenizer, cut)[:-1] == learned_texts(tokenizer, whole)[:-1]
+    messages[1]["learn"] = "nothing"
+    last = encoder.encode([messages])[0]
+    assert learned_texts(tokenizer, last) == learned_texts(tokenizer, cut)[1:]
+    assert last.input_ids.tolist() == cut.input_ids.tolist()
+    common = min(len(cut.input_ids), len(whole.input_ids))  # an EOS is not even written where the template writes none
+    assert cut.input_ids[:common].tolist() == whole.input_ids[:common].tolist()

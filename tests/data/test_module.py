@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 from tiny import byte_tokenizer
 
 from lightning_itk.batch import IGNORE_INDEX, is_packed, real_tokens
+from lightning_itk.cli.records import index_records
 from lightning_itk.data import InstructionDataModule
 from lightning_itk.data.records import DataError
 from lightning_itk.data.sources import Source
@@ -356,3 +357,36 @@ def test_dolly(real_data: Path, tmp_path: Path) -> None:
     batches = list(data.train_dataloader())
     assert sum(int(real_tokens(batch).sum()) for batch in batches) / (len(batches) * 2048) > 0.97
     assert sorted(ids(batches)) == data.train_sample_ids.tolist()
+
+
+def test_records_that_cannot_be_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in the real Alpaca, a few of whose answers are empty."""
+    good = [{"instruction": f"q{i}", "input": "", "output": "a" * (1 + i)} for i in range(20)]
+    bad = [{"instruction": "q", "output": " "}, {"instruction": "q"}, {"instruction": "q", "output": ""}]
+    text = "\n".join([*map(json.dumps, good[:10]), *map(json.dumps, bad), "{broken", *map(json.dumps, good[10:])])
+    (folder / "alpaca.jsonl").write_text(text)
+    train = str(folder / "alpaca.jsonl")
+    with pytest.raises(DataError, match=r"alpaca.jsonl line 11: empty response.*data.invalid: drop leaves such"):
+        module(folder, train=train)
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").propagate = True
+        with pytest.warns(UserWarning, match="train: 17% of the records were dropped: 1 broken JSON"):
+            data = module(folder, train=train, invalid="drop", validation=0)
+    assert data.train_sample_ids.tolist() == [*range(10), *range(14, 24)]  # numbers are those of the file
+    assert "24 records, 20 samples" in caplog.text
+    assert "2 empty response" in caplog.text
+    assert "left out: alpaca.jsonl line 14: broken JSON" in caplog.text
+    assert data.fingerprint == index_records([Source(train)], invalid="drop").fingerprint
+    with pytest.raises(DataError, match="invalid is 'keep', expected refuse or drop"):
+        module(folder, invalid="keep")
+
+
+def test_answers_that_were_cut_off_do_not_learn_to_end(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "q", "completion": "abc", "finished": finished} for finished in (True, False)]
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").propagate = True
+        data = module(folder, train=write(folder / "cut.jsonl", rows), validation=0, batch_size=2, shuffle=False)
+    (batch,) = data.train_dataloader()
+    learned = [row[row != IGNORE_INDEX].tolist() for row in batch["labels"]]
+    assert learned[0] == [*learned[1], 2]
+    assert "1 with finished: false (their end is not learned)" in caplog.text

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_itk.data.records import DataError
+from lightning_itk.data.records import DataError, Record
 from lightning_itk.data.sources import Source, content_hash, read, read_chunks
 
 ALPACA = [{"instruction": f"do {i}\n", "input": "é ]," * i, "output": f"done {i} {{"} for i in range(7)]
@@ -204,3 +205,46 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_content_hash_is_of_the_content(write: Write) -> None:
     a, b, c = write("a", "a.jsonl"), write("a", "b.jsonl"), write("b", "c.jsonl")
     assert content_hash(Source(a)) == content_hash(Source(b)) != content_hash(Source(c))
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"system": "s", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "sqa"),
+        ({"instruction": "q", "output": "a", "system": "s", "history": [["x", "y"], ["z", "w"]]}, "sxyzwqa"),
+        ({"instruction": "q", "output": "a", "history": []}, "qa"),
+        ({"prompt": [{"role": "user", "content": "q"}], "context": "", "completion": "a"}, "qa"),
+    ],
+)
+def test_no_field_is_lost(write: Write, record: Any, expected: str) -> None:
+    (found,) = read(Source(write(lines([record]))))
+    assert "".join(message["content"] for message in found.messages) == expected
+    assert (found.messages[0]["role"] == "system") == (expected[0] == "s")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": "q"}], "context": "c", "completion": "a"}, "'context' beside a conv"),
+        ({"instruction": [], "output": "a"}, "'instruction' is an empty list"),
+        ({"system": "s", "messages": [{"role": "system", "content": "t"}]}, "'system' beside a message of the role"),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, "'history': turn 1 is a list, expected .what was"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 2}]}, "weight is 2, expected 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": "0"}]}, "weight is '0', expected 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "every assistant turn has weight 0"),
+    ],
+)
+def test_what_would_be_lost_is_refused(write: Write, record: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(read(Source(write(lines([record])))))
+
+
+def test_digests_tell_conversations_apart() -> None:
+    def digest(*messages: tuple[str, str]) -> bytes:
+        return Record([{"role": r, "content": c} for r, c in messages], "", 0, "").digest()
+
+    one, two = ("user", "a"), ("assistant", "b")
+    assert digest(one, two) != digest(("user", "a\x1eassistant\x1fb"))
+    assert digest(("user", "a\x1eb")) != digest(("user", "a"), ("b", ""))
+    plain = hashlib.blake2b(b"user\x1fa\x1eassistant\x1fb", digest_size=16).digest()
+    assert digest(one, two) == plain  # what scores files and caches of version 0.1 hold
