@@ -143,33 +143,21 @@ def segments(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
     return bounds.to(torch.int32).view(2, batch, length)
 
 
-@torch.library.custom_op("lightning_itk::attention_loss", mutates_args=())
-def attention_loss(
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
-    head_map: Tensor,
-    spans: Tensor | None,
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
-    lse_s: Tensor | None,
-    lse_t: Tensor | None,
-    scale_s: float,
-    scale_t: float,
-    cap_s: float | None,
-    cap_t: float | None,
-    causal: bool,
-    window: int,
-    reverse: bool,
-    temperature: float,
-    fixed: bool,
-    want_q: bool,
-    want_k: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+# The arguments of both operators, in the order of `Problem`'s fields.
+OPERANDS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor head_map"
+OPERANDS += ", Tensor? spans, Tensor? key_mask, Tensor? row_mask"
+OPTIONS = "float scale_s, float scale_t, float? cap_s, float? cap_t, bool causal, int window, bool reverse"
+OPTIONS += ", float temperature, bool fixed, bool want_q, bool want_k"
+LOSS = f"({OPERANDS}, Tensor? lse_s, Tensor? lse_t, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+BACKWARD = f"(Tensor upstream, {OPERANDS}, Tensor kl, Tensor lse_s, Tensor lse_t, {OPTIONS}) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op("lightning_itk::attention_loss", mutates_args=(), schema=LOSS)
+def attention_loss(*arguments):  # type: ignore[no-untyped-def]
     """Loss, KL rows, lse_s, lse_t, and dq for upstream 1 if the caller's log-sum-exps made it free (else empty)."""
-    options = (scale_s, scale_t, cap_s, cap_t, causal, window, reverse, temperature, fixed)
-    p = Problem(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, *options)
+    *operands, lse_s, lse_t = arguments[:10]
+    p = Problem(*operands, *arguments[10:-2])
+    q_s = p.q_s
     if lse_s is not None and lse_t is not None:
         lse_s, lse_t = lse_s.clone(), lse_t.clone()  # an op's outputs may not be its inputs
         kl = torch.empty(q_s.shape[:3], dtype=torch.float32, device=q_s.device)
@@ -189,37 +177,14 @@ def _(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, lse_s, *rest):  #
     return kl.new_empty(()), kl, torch.empty_like(kl), lse_t, dq
 
 
-@torch.library.custom_op("lightning_itk::attention_backward", mutates_args=())
-def attention_backward(
-    upstream: Tensor,
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
-    head_map: Tensor,
-    spans: Tensor | None,
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
-    kl: Tensor,
-    lse_s: Tensor,
-    lse_t: Tensor,
-    scale_s: float,
-    scale_t: float,
-    cap_s: float | None,
-    cap_t: float | None,
-    causal: bool,
-    window: int,
-    reverse: bool,
-    temperature: float,
-    fixed: bool,
-    want_q: bool,
-    want_k: bool,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("lightning_itk::attention_backward", mutates_args=(), schema=BACKWARD)
+def attention_backward(upstream, *arguments):  # type: ignore[no-untyped-def]
     """dq and dk (empty where not wanted)."""
-    options = (scale_s, scale_t, cap_s, cap_t, causal, window, reverse, temperature, fixed)
-    p = Problem(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, *options)
-    dq = query_gradient(p, kl, lse_s, lse_t, upstream) if want_q else q_s.new_empty(0)
-    dk = key_gradient(p, kl, lse_s, lse_t, upstream) if want_k else k_s.new_empty(0)
+    *operands, kl, lse_s, lse_t = arguments[:11]
+    *options, want_q, want_k = arguments[11:]
+    p = Problem(*operands, *options)
+    dq = query_gradient(p, kl, lse_s, lse_t, upstream) if want_q else p.q_s.new_empty(0)
+    dk = key_gradient(p, kl, lse_s, lse_t, upstream) if want_k else p.k_s.new_empty(0)
     return dq, dk
 
 

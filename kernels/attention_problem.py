@@ -1,14 +1,15 @@
 """One attention loss as the kernels see it: shapes, strides and tile, and the three launches."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .attention_backward import attention_dk_kernel, attention_dq_kernel
-from .attention_forward import attention_forward_kernel
-from .launch import INTERPRET, LOG2E, Tile, architecture, attention_tile, guard
+from .attention_forward import Mask, Model, attention_forward_kernel
+from .launch import KINDS, LOG2E, Tile, architecture, attention_tile, guard
 
 
 class Problem(NamedTuple):
@@ -39,56 +40,35 @@ class Problem(NamedTuple):
         plain = one_to_one and not (self.cap_s or self.cap_t) and all(d == _padded(d) for d in dims)
         return attention_tile(architecture(self.q_s.device), kernel, max(map(_padded, dims)), itemsize, plain)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Inputs and masks; a disabled mask is a pointer that no kernel reads."""
-        q_s, spans = self.q_s, (self.q_s, self.q_s) if self.spans is None else self.spans.unbind()
-        return (
-            q_s,
-            self.k_s,
-            self.q_t,
-            self.k_t,
-            self.head_map,
-            *spans,
-            q_s if self.key_mask is None else self.key_mask,
-        )
-
-    def numbers(self) -> tuple[float, ...]:
-        strides = [x.stride(d) for x in (self.q_s, self.k_s, self.q_t, self.k_t) for d in range(3)]
-        to_log2 = LOG2E.value / self.temperature
-        caps = (float(self.cap_s or 1.0), float(self.cap_t or 1.0))
-        return (*strides, self.q_s.shape[2], self.window, self.scale_s, self.scale_t, *caps, to_log2)
-
-    def options(self, tile: Tile) -> dict[str, object]:
-        ds, dt = self.q_s.shape[-1], self.q_t.shape[-1]
+    def arguments(self, tile: Tile) -> dict[str, Any]:
+        """What every kernel takes, by name."""
+        starts, ends = (None, None) if self.spans is None else self.spans.unbind()
+        masks = (starts, ends, self.key_mask, self.row_mask)
         return {
+            "student": self._model(self.q_s, self.k_s, self.scale_s, self.cap_s),
+            "teacher": self._model(self.q_t, self.k_t, self.scale_t, self.cap_t),
+            "mask": Mask(*masks, self.q_s.shape[2], self.window or None, tl.constexpr(self.causal)),
+            "head_map_ptr": self.head_map,
+            "to_log2": LOG2E.value / self.temperature,
             "G": self.head_map.shape[1],
-            "QS": self.q_s.shape[1] // self.k_s.shape[1],
-            "QT": self.q_t.shape[1] // self.k_t.shape[1],
-            "DS": ds,
-            "DT": dt,
-            "BLOCK_DS": _padded(ds),
-            "BLOCK_DT": _padded(dt),
-            "CAUSAL": self.causal,
-            "WINDOW": self.window > 0,
-            "SEGMENTS": self.spans is not None,
-            "KEY_MASK": self.key_mask is not None,
-            "ROW_MASK": self.row_mask is not None,
-            "CAP_S": bool(self.cap_s),
-            "CAP_T": bool(self.cap_t),
-            "REVERSE": self.reverse,
-            "UPCAST": INTERPRET,
+            "KIND": KINDS["reverse" if self.reverse else "forward"],
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
 
-    def gradient_factors(self) -> tuple[float, float]:
-        """Factor on dscores before they are rounded (fp16 loses what is below 6e-8), and factor on dq and dk."""
+    def _model(self, q: Tensor, k: Tensor, scale: float, cap: float | None) -> Model:
+        constants = (q.shape[1] // k.shape[1], q.shape[-1], _padded(q.shape[-1]))
+        scalars = (scale, float(cap) if cap else None)
+        return Model(q, k, q.stride()[:3], k.stride()[:3], *scalars, *map(tl.constexpr, constants))
+
+    def gradient_factors(self) -> dict[str, float]:
+        """`unit`, on dscores before they are rounded (fp16 loses what is below 6e-8), and `factor`, on dq and dk."""
         heads, pairs = self.q_s.shape[1], self.head_map.shape[1]
         unit = 8192.0 / pairs if self.q_s.dtype == torch.float16 else 1.0
         per_log = 1.0 / LOG2E.value if self.reverse else 1.0
-        return unit, self.scale_s * per_log / (self.temperature * pairs * heads * unit)
+        return {"unit": unit, "factor": self.scale_s * per_log / (self.temperature * pairs * heads * unit)}
 
 
 def _padded(dim: int) -> int:
@@ -101,10 +81,9 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     pairs, tile = p.head_map.shape[1], p.tile("forward")
     kl = torch.empty(batch, heads, pairs, length, dtype=torch.float32, device=p.q_s.device)
     lse_t, lse_s = torch.empty_like(kl), torch.empty_like(kl[:, :, 0], memory_format=torch.contiguous_format)
+    grid = (triton.cdiv(length, tile.block_m), heads * pairs, batch)
     with guard(p.q_s):
-        attention_forward_kernel[(triton.cdiv(length, tile.block_m), heads * pairs, batch)](
-            *p.tensors(), p.q_s if p.row_mask is None else p.row_mask, kl, lse_s, lse_t, *p.numbers(), **p.options(tile)
-        )
+        attention_forward_kernel[grid](kl_ptr=kl, lse_s_ptr=lse_s, lse_t_ptr=lse_t, **p.arguments(tile))
     return kl.mean(2) if pairs > 1 else kl[:, :, 0].clone(), lse_s, lse_t
 
 
@@ -115,9 +94,8 @@ def query_gradient(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstrea
     dq = torch.empty(p.q_s.shape, dtype=p.q_s.dtype, device=p.q_s.device)
     with guard(p.q_s):
         attention_dq_kernel[(triton.cdiv(length, tile.block_m), heads, batch)](
-            *p.tensors(), p.q_s if p.row_mask is None else p.row_mask, kl, lse_s, lse_t,
-            kl if upstream is None else upstream, dq, *p.numbers(), *p.gradient_factors(),
-            EMIT=upstream is None, **p.options(tile),
+            kl_ptr=kl, lse_s_ptr=lse_s, lse_t_ptr=lse_t, upstream_ptr=upstream, dq_ptr=dq,
+            **p.gradient_factors(), **p.arguments(tile),
         )  # fmt: skip
     return dq
 
@@ -127,7 +105,7 @@ def key_gradient(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstream:
     batch, heads, length = p.k_s.shape[:3]
     tile = p.tile("dk")
     dk = torch.empty(p.k_s.shape, dtype=p.k_s.dtype, device=p.k_s.device)
-    blocks = ranks = p.head_map
+    blocks = ranks = None
     if p.row_mask is not None:  # list the query blocks that hold a kept row, so that the others cost nothing
         padded = torch.nn.functional.pad(p.row_mask, (0, -length % tile.block_m))
         active = padded.view(batch, -1, tile.block_m).amax(-1) != 0
@@ -135,7 +113,7 @@ def key_gradient(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstream:
         ranks = torch.nn.functional.pad(active.cumsum(1), (1, 0)).to(torch.int32)
     with guard(p.q_s):
         attention_dk_kernel[(triton.cdiv(length, tile.block_n), heads, batch)](
-            *p.tensors(), blocks, ranks, kl, lse_s, lse_t, upstream, dk, *p.numbers(), *p.gradient_factors(),
-            FIXED=p.fixed, **p.options(tile),
+            blocks_ptr=blocks, ranks_ptr=ranks, kl_ptr=kl, lse_s_ptr=lse_s, lse_t_ptr=lse_t, upstream_ptr=upstream,
+            dk_ptr=dk, FIXED=p.fixed, **p.gradient_factors(), **p.arguments(tile),
         )  # fmt: skip
     return dk

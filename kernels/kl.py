@@ -4,6 +4,8 @@ kl_divergence   the sum over kept rows
 kl_rows         one value per row, so that every row can carry its own upstream gradient; optionally in place
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,8 +77,7 @@ def kl_forward(
     """Values [N] and the statistics [N, 3] from which the gradient is recomputed."""
     kl = student.new_empty(student.shape[0], dtype=torch.float32)
     stats = student.new_empty(student.shape[0], 3, dtype=torch.float32)
-    v = min(student.shape[1], teacher.shape[1])
-    token_loss(student, teacher, labels, v=v, kind=kind, beta=beta, temperature=temperature, kl=kl, stats=stats)
+    _launch(student, teacher, labels, kind, beta, temperature, kl=kl, stats=stats)
     return kl, stats
 
 
@@ -99,7 +100,8 @@ def kl_backward(
 ) -> Tensor:
     """Gradient [N, V] by the student's logits, given one upstream gradient per row."""
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _gradient(grad, upstream, student, teacher, labels, stats, kind, beta, temperature)
+    options = (kind, beta, temperature)
+    _launch(student, teacher, labels, *options, upstream=upstream, stats=stats, load_stats=True, grad=grad)
     return grad
 
 
@@ -108,30 +110,10 @@ def _(upstream, student, teacher, labels, stats, kind, beta, temperature):  # ty
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _gradient(
-    grad: Tensor,
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    stats: Tensor,
-    kind: str,
-    beta: float,
-    temperature: float,
-) -> None:
-    token_loss(
-        student,
-        teacher,
-        labels,
-        v=min(student.shape[1], teacher.shape[1]),
-        kind=kind,
-        beta=beta,
-        temperature=temperature,
-        upstream=upstream,
-        stats=stats,
-        load_stats=True,
-        grad=grad,
-    )
+def _launch(student: Tensor, teacher: Tensor, labels: Tensor | None, *options: Any, **arguments: Any) -> None:
+    """The row kernel over the common vocabulary; `options` are kind, beta and temperature."""
+    names = dict(zip(("kind", "beta", "temperature"), options, strict=True))
+    token_loss(student, teacher, labels, v=min(student.shape[1], teacher.shape[1]), **names, **arguments)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -167,5 +149,5 @@ class _InPlace(torch.autograd.Function):
         ctx.spent = True
         student, teacher, labels, stats = ctx.saved_tensors
         grad = student.detach()
-        _gradient(grad, upstream, student, teacher, labels, stats, *ctx.options)
+        _launch(student, teacher, labels, *ctx.options, upstream=upstream, stats=stats, load_stats=True, grad=grad)
         return grad, None, None, None, None, None

@@ -23,6 +23,7 @@ REVERSE = tl.constexpr(2)
 JSD = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+UPCAST = tl.constexpr(INTERPRET)  # the interpreter cannot multiply bf16
 LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum: finite, so that differences of two are never nan
 
 
@@ -80,8 +81,8 @@ def row_tile(arch: str) -> tuple[int, int]:
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a @ b in fp32. The interpreter cannot multiply bf16, so UPCAST makes the operands fp32 there."""
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .divergence import divergence, log_ratio, mixture_sums, online_update, sum_at_temperature_1
 from .launch import FORWARD, JSD, KINDS, LN2, LOG2E, LOWEST, NONE, REVERSE, architecture, guard, row_tile, soft_cap
 
 
@@ -31,12 +32,6 @@ def load_logits(model, cols):
 
 
 @triton.jit
-def log_ratio(lp, lq):
-    """log2 p - log2 q, finite: 0 where both are -inf, and clamped where the smaller one is below fp32 anyway."""
-    return tl.where(lp == lq, 0.0, tl.minimum(tl.maximum(lp - lq, -126.0), 126.0))
-
-
-@triton.jit
 def running_sums(
     student, teacher, lanes, v, to_log2, temperature, KIND: tl.constexpr, HAS_CE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -49,26 +44,13 @@ def running_sums(
     a = 0.0
     for start in range(0, v, BLOCK):
         x_s = to_log2 * load_logits(student, start + lanes)
-        new_s = tl.maximum(m_s, tl.max(x_s, 0))
-        d_s = new_s - m_s
-        u_s = x_s - new_s
-        e_s = tl.exp2(u_s)
+        x_t = x_s
         if KIND != NONE:
             x_t = to_log2 * load_logits(teacher, start + lanes)
-            new_t = tl.maximum(m_t, tl.max(x_t, 0))
-            d_t = new_t - m_t
-            u_t = x_t - new_t
-            e_t = tl.exp2(u_t)
-            if KIND == FORWARD:
-                a = tl.exp2(-d_t) * (a - l_t * (d_t - d_s)) + tl.sum(tl.where(e_t > 0, e_t * (u_t - u_s), 0.0), 0)
-            if KIND == REVERSE:
-                a = tl.exp2(-d_s) * (a - l_s * (d_s - d_t)) + tl.sum(tl.where(e_s > 0, e_s * (u_s - u_t), 0.0), 0)
-            l_t = tl.exp2(-d_t) * l_t + tl.sum(e_t, 0)
-            m_t = new_t
-            if HAS_CE:  # cross-entropy is at temperature 1, where the maximum is T · m_s
-                l_1 = tl.exp2(-d_s * temperature) * l_1 + tl.sum(tl.exp2(u_s * temperature), 0)
-        l_s = tl.exp2(-d_s) * l_s + tl.sum(e_s, 0)
-        m_s = new_s
+        before = m_s
+        m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, KIND, True, 0)
+        if KIND != NONE and HAS_CE:
+            l_1 = sum_at_temperature_1(l_1, x_s, before, m_s, temperature, 0)
     lse_s = m_s + tl.log2(l_s)
     lse_t = 0.0
     lse_1 = lse_s  # without a KL the temperature is 1
@@ -77,24 +59,22 @@ def running_sums(
         lse_t = m_t + tl.log2(l_t)
         if HAS_CE:
             lse_1 = m_s * temperature + tl.log2(l_1)
-    if KIND == FORWARD:
-        kl = a / l_t - tl.log2(l_t) + tl.log2(l_s)
-    if KIND == REVERSE:
-        kl = a / l_s - tl.log2(l_s) + tl.log2(l_t)
+        if KIND != JSD:
+            kl = divergence(a, l_s, l_t, KIND)
     return lse_s, lse_t, lse_1, kl
 
 
 @triton.jit
-def mixture_sums(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK: tl.constexpr):
-    """Pass 2 of JSD: KL(p || m) and KL(q || m) in bits. Both sums must be known before the mixture m is."""
+def mixture_divergences(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK: tl.constexpr):
+    """Pass 2 of JSD: KL(p || m) and KL(q || m) in bits."""
     to_teacher = 0.0
     to_student = 0.0
     for start in range(0, v, BLOCK):
         lq = -lse_s + to_log2 * load_logits(student, start + lanes)
         lp = -lse_t + to_log2 * load_logits(teacher, start + lanes)
-        d = log_ratio(lp, lq)
-        to_teacher -= tl.sum(tl.exp2(lp) * tl.log2(beta + (1 - beta) * tl.exp2(-d)), 0)
-        to_student -= tl.sum(tl.exp2(lq) * tl.log2((1 - beta) + beta * tl.exp2(d)), 0)
+        more_t, more_s = mixture_sums(lp, lq, beta, 0)
+        to_teacher -= more_t
+        to_student -= more_s
     return to_teacher, to_student
 
 
@@ -178,7 +158,7 @@ def token_loss_kernel(  # an argument that is None takes no part
         lse_s, lse_t, lse_1, kl = running_sums(student, teacher, lanes, v, to_log2, temperature, KIND, HAS_CE, BLOCK)
         row_constant = kl
         if KIND == JSD:
-            to_teacher, to_student = mixture_sums(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK)
+            to_teacher, to_student = mixture_divergences(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK)
             row_constant = to_student
             kl = beta * to_teacher + (1 - beta) * to_student
         if kl_ptr is not None:

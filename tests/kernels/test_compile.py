@@ -39,19 +39,19 @@ TENSOR_CORE = {
     "sm_100": r"tcgen05\.mma|mma\.sync",
     "gfx942": r"v_mfma",
 }
-FLOATS = {"scale_s", "scale_t", "cap_s", "cap_t", "to_log2", "unit", "factor", "temperature", "beta"}
-FLOATS |= {"student_scale", "teacher_scale", "student_cap", "teacher_cap", "kl_weight", "ce_weight"}
-UNALIGNED = {"S", "window", "v", "n", "tiles_per_split"}  # sizes; strides and widths are multiples of 16 in practice
 
 
 class Case(NamedTuple):
-    """One compilation: the kernel, the element types of its pointers, its constants and its launch options."""
+    """One compilation: the kernel, its arguments and its launch options.
+
+    An argument is the type that Triton gives it ("*bf16", "fp32", "i32"; "stride" for an i32 that is a multiple of 16,
+    as strides and widths are in practice), a tuple of arguments, or else a constant.
+    """
 
     name: str
     arch: str
     kernel: str
-    pointers: dict[str, str]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
     warps: int
     stages: int
     multiplies: bool
@@ -66,18 +66,21 @@ class Figures(NamedTuple):
 
 def compile_case(case: Case) -> Figures:
     kernel = KERNELS[case.kernel]
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in case.constants:
-            signature[name], constants[(i,)] = "constexpr", case.constants[name]
-        elif name.endswith("_ptr"):
-            signature[name], attributes[(i,)] = "*" + case.pointers.get(name, "fp32"), [["tt.divisibility", 16]]
-        elif name in FLOATS:
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if name not in UNALIGNED:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def declare(argument: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(argument, tuple):
+            parts = [declare(part, (*path, i)) for i, part in enumerate(argument)]
+            return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+        if not isinstance(argument, str) or argument in ("ieee", "tf32x3"):
+            constants[path] = argument
+            return "constexpr"
+        if argument == "stride" or argument.startswith("*"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if argument == "stride" else argument
+
+    signature = {name: declare(case.arguments[name], (i,)) for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     compiled = triton.compile(source, target=TARGETS[case.arch], options=options)
@@ -96,8 +99,6 @@ def compile_case(case: Case) -> Figures:
     return Figures(registers, spilled, compiled.metadata.shared, len(re.findall(TENSOR_CORE[case.arch], text)))
 
 
-MASKS = {"WINDOW": True, "SEGMENTS": True, "KEY_MASK": True, "ROW_MASK": True}
-CAPS = {"CAP_S": True, "CAP_T": True}
 KERNELS = {
     "forward": attention_forward.attention_forward_kernel,
     "dq": attention_backward.attention_dq_kernel,
@@ -109,70 +110,77 @@ KERNELS = {
 
 def attention_cases(arch: str) -> Iterator[Case]:
     """Per tile of the table, the options that need most registers among those that select it."""
+    masks = attention_forward.Mask("*i32", "*i32", "*u8", "*u8", "i32", "i32", True)
+    causal = attention_forward.Mask(None, None, None, None, "i32", None, True)
     for kernel in ("forward", "dq", "dk"):
         for dim in (64, 128, 256):
-            plain = MASKS | {"D": dim, "REVERSE": True}
-            heavy = MASKS | CAPS | {"D": dim * 5 // 8, "G": 3, "FIXED": False, "REVERSE": True}
-            single = MASKS | CAPS | {"D": dim, "FIXED": False, "REVERSE": True}
-            sets = [("bf16", plain, True), ("bf16", heavy, False)]
+            plain = {"mask": masks, "D": dim, "kind": "reverse"}
+            single = plain | {"cap": "fp32", "FIXED": False}
+            heavy = single | {"D": dim * 5 // 8, "G": 3}
+            sets: list[tuple[str, dict[str, Any], bool]] = [("bf16", plain, True), ("bf16", heavy, False)]
             if kernel == "dq":
-                sets.append(("bf16", MASKS | {"D": dim, "EMIT": True}, True))
+                sets.append(("bf16", {"mask": masks, "D": dim, "upstream_ptr": None}, True))
             if dim == 128:
                 sets += [("bf16", {"D": dim}, True), ("bf16", single, False), ("fp32", {"D": dim}, True)]
-            for dtype, options, simple in sets:
+            for dtype, given, simple in sets:
                 tile = launch.attention_tile(arch, kernel, dim, 4 if dtype == "fp32" else 2, simple)
-                constants = dict.fromkeys(("WINDOW", "SEGMENTS", "KEY_MASK", "ROW_MASK", "CAP_S", "CAP_T"), False)
-                constants |= {"G": 1, "QS": 4, "QT": 4, "CAUSAL": True, "REVERSE": False, "EMIT": False, "FIXED": True}
-                constants |= {"BLOCK_DS": dim, "BLOCK_DT": dim}
-                constants |= {"UPCAST": False, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | options
-                constants |= {"DS": constants["D"], "DT": constants["D"]}
-                pointers = dict.fromkeys(("qs_ptr", "ks_ptr", "qt_ptr", "kt_ptr", "dq_ptr", "dk_ptr"), dtype)
-                pointers |= dict.fromkeys(("head_map_ptr", "starts_ptr", "ends_ptr", "blocks_ptr", "ranks_ptr"), "i32")
-                pointers |= dict.fromkeys(("key_mask_ptr", "row_mask_ptr"), "u8")
-                name = f"{kernel} {dtype} D={constants['D']} {'plain' if simple else 'heavy'} {tuple(tile)}"
-                own = {k: v for k, v in constants.items() if k in KERNELS[kernel].arg_names}
-                yield Case(name, arch, kernel, pointers, own, tile.warps, tile.stages, dtype == "bf16")
+                options = {"mask": causal, "cap": None, "kind": "forward", "G": 1, "FIXED": True} | given
+                strides, scalars = ("stride",) * 3, ("fp32", options["cap"], 4, options["D"], dim)
+                model = attention_forward.Model(f"*{dtype}", f"*{dtype}", strides, strides, *scalars)
+                listed = None if options["mask"].rows is None else "*i32"
+                arguments = dict.fromkeys(("kl_ptr", "lse_s_ptr", "lse_t_ptr", "upstream_ptr"), "*fp32")
+                arguments |= {
+                    "student": model,
+                    "teacher": model,
+                    "head_map_ptr": "*i32",
+                    "unit": "fp32",
+                    "to_log2": "fp32",
+                }
+                arguments |= {"factor": "fp32", "dq_ptr": f"*{dtype}", "dk_ptr": f"*{dtype}"}
+                arguments |= {"blocks_ptr": listed, "ranks_ptr": listed, "KIND": launch.KINDS[options["kind"]]}
+                arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | options
+                name = f"{kernel} {dtype} D={options['D']} {'plain' if simple else 'heavy'} {tuple(tile)}"
+                yield Case(name, arch, kernel, arguments, tile.warps, tile.stages, dtype == "bf16")
 
 
 def row_cases(arch: str) -> Iterator[Case]:
     """Plain logits in bf16 (statistics, then gradient) and the chunk of the linear loss with every option."""
     block, warps = launch.row_tile(arch)
-    optional = ["teacher_ptr", "student_bias_ptr", "teacher_bias_ptr", "upstream_ptr", "kl_ptr", "ce_ptr", "stats_ptr"]
-    optional += ["grad_ptr", "student_cap", "teacher_cap"]
-    logits = {"student_ptr": "bf16", "teacher_ptr": "bf16", "labels_ptr": "i64", "grad_ptr": "bf16"}
-    heads = logits | {
-        "student_ptr": "fp32",
-        "teacher_ptr": "fp32",
-        "student_bias_ptr": "bf16",
-        "teacher_bias_ptr": "bf16",
-    }
-    head = {"student_bias_ptr", "ce_ptr", "grad_ptr", "student_cap"}
+    pointers = {"student_ptr": "*bf16", "teacher_ptr": "*bf16", "labels_ptr": "*i64", "grad_ptr": "*bf16"}
+    pointers |= dict.fromkeys(("upstream_ptr", "kl_ptr", "ce_ptr", "stats_ptr"), "*fp32")
+    pointers |= {"student_bias_ptr": "*bf16", "teacher_bias_ptr": "*bf16", "student_cap": "fp32", "teacher_cap": "fp32"}
+    scalars = ("student_scale", "teacher_scale", "temperature", "beta", "kl_weight", "ce_weight")
+    sizes = ("student_stride", "teacher_stride", "grad_stride", "upstream_stride", "readable", "grad_v")
+    head = {"student_ptr", "labels_ptr", "student_bias_ptr", "ce_ptr", "grad_ptr", "student_cap"}
     both = head | {"teacher_ptr", "teacher_bias_ptr", "kl_ptr", "teacher_cap"}
-    sets: list[tuple[str, dict[str, str], set[str], set[str]]] = [("linear none", heads, head, {"CE_GRAD"})]
+    logits = {"student_ptr", "teacher_ptr", "labels_ptr", "stats_ptr"}
+    sets = [("linear none", head, {"CE_GRAD"})]
     for kind in ("forward", "reverse", "jsd"):
-        gradient = {"teacher_ptr", "stats_ptr", "grad_ptr", "upstream_ptr"}
-        sets.append((f"logits {kind}", logits, {"teacher_ptr", "kl_ptr", "stats_ptr"}, set()))
-        sets.append((f"logits {kind} gradient", logits, gradient, {"LOAD_STATS"}))
-        sets.append((f"linear {kind}", heads, both, {"CE_GRAD"}))
-    for name, pointers, given, flags in sets:
-        constants: dict[str, Any] = {key: None for key in optional if key not in given}
-        constants |= {key: key in flags for key in ("LOAD_STATS", "CE_GRAD")}
-        constants |= {"KIND": launch.KINDS[name.split()[1]], "BLOCK": block}
-        yield Case(name, arch, "rows", pointers, constants, warps, 3, False)
+        sets.append((f"logits {kind}", logits | {"kl_ptr"}, set()))
+        sets.append((f"logits {kind} gradient", logits | {"grad_ptr", "upstream_ptr"}, {"LOAD_STATS"}))
+        sets.append((f"linear {kind}", both, {"CE_GRAD"}))
+    for name, given, flags in sets:
+        arguments: dict[str, Any] = {key: value if key in given else None for key, value in pointers.items()}
+        if name.startswith("linear"):
+            arguments |= {key: "*fp32" for key in ("student_ptr", "teacher_ptr") if key in given}
+        arguments |= dict.fromkeys(scalars, "fp32") | dict.fromkeys(sizes, "stride") | {"v": "i32"}
+        arguments |= {key: key in flags for key in ("LOAD_STATS", "CE_GRAD")}
+        arguments |= {"KIND": launch.KINDS[name.split()[1]], "BLOCK": block}
+        yield Case(name, arch, "rows", arguments, warps, 3, False)
 
 
 def eval_cases(arch: str) -> Iterator[Case]:
     for dtype, kind, mixture in (("bf16", "forward", False), ("bf16", "jsd", True), ("fp32", "forward", False)):
         block_m, block_n, block_k, warps, stages = launch.eval_tile(arch, 4 if dtype == "fp32" else 2, not mixture)
         precision = "tf32x3" if dtype == "fp32" and arch.startswith("sm_") else "ieee"
-        constants = {"KIND": launch.KINDS[kind], "MIXTURE": mixture, "HAS_LABELS": True, "EVEN_S": True, "EVEN_T": True}
-        constants |= dict.fromkeys(("STUDENT_BIAS", "TEACHER_BIAS", "STUDENT_CAP", "TEACHER_CAP"), mixture)
-        constants |= {"FIELDS": linear_eval.FIELDS, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-        constants |= {"PRECISION_S": precision, "PRECISION_T": precision, "UPCAST": False}
-        pointers = dict.fromkeys(("xs_ptr", "ws_ptr", "bs_ptr", "xt_ptr", "wt_ptr", "bt_ptr"), dtype)
-        pointers |= {"order_ptr": "i64", "labels_ptr": "i64"}
+        x, bias, cap = f"*{dtype}", f"*{dtype}" if mixture else None, "fp32" if mixture else None
+        head = linear_eval.EvalHead(x, x, bias, "stride", "stride", "stride", "fp32", cap, True, precision)
+        arguments = {"student": head, "teacher": head, "order_ptr": "*i64", "labels_ptr": "*i64", "out_ptr": "*fp32"}
+        arguments |= {"lse_ptr": "*fp32" if mixture else None, "n": "i32", "v": "i32", "tiles_per_split": "i32"}
+        arguments |= {"temperature": "fp32", "beta": "fp32", "KIND": launch.KINDS[kind]}
+        arguments |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
         name = f"eval {dtype} {kind} {(block_m, block_n, block_k, warps, stages)}"
-        yield Case(name, arch, "eval", pointers, constants, warps, stages, True)
+        yield Case(name, arch, "eval", arguments, warps, stages, True)
 
 
 @pytest.mark.parametrize("arch", launch.ARCHITECTURES)
