@@ -80,7 +80,7 @@ def attention_kl(
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (q_s, k_s)]
     return attention_loss(
         q_s, k_s, q_t, k_t,
-        head_map.to(torch.int32),
+        head_map.to(torch.int32).contiguous(),
         None if cu_seqlens is None else segments(cu_seqlens.to(q_s.device), batch, length),
         None if key_mask is None else key_mask.contiguous().view(torch.uint8),
         None if row_mask is None else row_mask.contiguous().view(torch.uint8),

@@ -24,8 +24,8 @@ class Model(NamedTuple):
 
     q: Any  # [B, H, S, D]
     k: Any  # [B, H / GROUP, S, D]
-    q_strides: tuple[Any, Any, Any]
-    k_strides: tuple[Any, Any, Any]
+    q_strides: tuple[Any, ...]
+    k_strides: tuple[Any, ...]
     scale: Any
     cap: Any
     GROUP: Any  # query heads per key head

@@ -51,14 +51,15 @@ def kl_rows(
         fp32 [N].
     """
     require(student_logits.device)
-    _check(student_logits, teacher_logits, labels, kind, temperature)
+    labels = _check(student_logits, teacher_logits, labels, kind, temperature)
     student, teacher = row_strided(student_logits), row_strided(teacher_logits.detach())
     if in_place and student is student_logits:
         return _InPlace.apply(student, teacher, labels, kind, float(beta), float(temperature))
     return kl_forward(student, teacher, labels, kind, float(beta), float(temperature))[0]
 
 
-def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: str, temperature: float) -> None:
+def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: str, temperature: float) -> Tensor | None:
+    """Refuse what does not fit; the labels, contiguous."""
     if student.ndim != 2 or teacher.ndim != 2 or student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"kl: logits must be [N, V] and [N, Vt], found {list(student.shape)} and {list(teacher.shape)}"
@@ -67,7 +68,7 @@ def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: str, t
         raise ValueError(f"kl: kind must be forward, reverse or jsd, found {kind!r}")
     if not temperature > 0:
         raise ValueError(f"kl: temperature must be positive, found {temperature}")
-    check_rows("kl", student.shape[0], labels)
+    return check_rows("kl", student.shape[0], labels)
 
 
 @torch.library.custom_op("lightning_itk::kl_forward", mutates_args=())
@@ -149,5 +150,6 @@ class _InPlace(torch.autograd.Function):
         ctx.spent = True
         student, teacher, labels, stats = ctx.saved_tensors
         grad = student.detach()
+        torch.autograd.graph.increment_version(student)  # whoever saved these logits for its own backward must notice
         _launch(student, teacher, labels, *ctx.options, upstream=upstream, stats=stats, load_stats=True, grad=grad)
         return grad, None, None, None, None, None

@@ -18,6 +18,7 @@ from .linear_eval import evaluate
 from .rows import check_rows, row_strided, token_loss
 
 SCRATCH = 2 << 30
+_BLOCK = 1 << 24  # elements that are scaled at a time
 
 
 def linear_kl_divergence(
@@ -114,7 +115,7 @@ def _prepare(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"linear loss: {name} hidden is {hidden.dtype} and weight {weight.dtype}, expected one dtype")
-    return row_strided(hidden), row_strided(weight), bias
+    return row_strided(hidden), row_strided(weight), None if bias is None else bias.contiguous()
 
 
 def _apply(
@@ -126,7 +127,7 @@ def _apply(
     max_scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = student
-    check_rows("linear loss", hidden.shape[0], labels)
+    labels = check_rows("linear loss", hidden.shape[0], labels)
     training = torch.is_grad_enabled()
     wanted = [training and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, ce_sum, kl_sum, *_ = linear_loss(
@@ -299,8 +300,17 @@ def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
     if upstream is not None:
         for i, (grad, wanted, dtype) in enumerate(zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)):
             if wanted:
-                grads[i] = grad.mul_(upstream).to(dtype)
+                grads[i] = scale_in_place(grad, upstream).to(dtype)
     return (*grads, *(None,) * 17)
+
+
+def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad · factor, rounded once: `mul_` would first round an fp32 factor to a grad of half precision."""
+    if grad.element_size() > 2:
+        return grad.mul_(factor)
+    for block in grad.split(max(1, _BLOCK // max(1, grad[:1].numel()))):  # an fp32 copy of all of it does not fit
+        block.copy_(block.float() * factor)
+    return grad
 
 
 linear_loss.register_autograd(_backward, setup_context=_setup)

@@ -259,10 +259,13 @@ def row_strided(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def check_rows(name: str, rows: int, labels: Tensor | None) -> None:
-    """One label per row, as int64."""
-    if labels is not None and (labels.shape != (rows,) or labels.dtype != torch.int64):
+def check_rows(name: str, rows: int, labels: Tensor | None) -> Tensor | None:
+    """One label per row, as int64; contiguous, as the kernels read them."""
+    if labels is None:
+        return None
+    if labels.shape != (rows,) or labels.dtype != torch.int64:
         raise ValueError(
             f"{name}: labels must be int64 [{rows}], found {str(labels.dtype).removeprefix('torch.')} "
             f"{list(labels.shape)}"
         )
+    return labels.contiguous()

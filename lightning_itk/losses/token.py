@@ -124,7 +124,8 @@ def linear_cross_entropy(
     if resolve_impl(impl, hidden) == "triton":
         from lightning_itk.kernels.linear_kl import linear_cross_entropy as fused
 
-        return fused(hidden, head.weight, labels, bias=head.bias, scale=head.scale, softcap=head.softcap)
+        hidden, weight = _one_dtype(hidden, head.weight)
+        return fused(hidden, weight, labels, bias=head.bias, scale=head.scale, softcap=head.softcap)
     return chunked_rows(_ce_rows, hidden, head, None, None, labels)[0]
 
 
@@ -208,10 +209,8 @@ def linear_kl_parts(
 
         return LossParts(
             *fused(
-                student_hidden,
-                student.weight,
-                teacher_hidden,
-                teacher.weight,
+                *_one_dtype(student_hidden, student.weight),
+                *_one_dtype(teacher_hidden, teacher.weight),
                 labels,
                 student_bias=student.bias,
                 teacher_bias=teacher.bias,
@@ -284,6 +283,12 @@ def _kept(labels: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
     """Labels and rows without the ignored ones; nothing is copied where there are none."""
     keep = (labels != IGNORE_INDEX).nonzero().flatten()
     return (labels, *rows) if len(keep) == len(labels) else tuple(x[keep] for x in (labels, *rows))
+
+
+def _one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype, which loses nothing; the kernels take one."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

@@ -167,6 +167,7 @@ def test_the_public_function_lets_the_kernels_pair_heads(monkeypatch):
 def test_explicit_head_map():
     tensors, options = problem(heads=(2, 1, 4, 2), length=33)
     check(tensors, options | {"head_map": torch.tensor([[3, 0], [1, 1]])})
+    check(tensors, options | {"head_map": torch.tensor([[3, 1], [0, 1]]).T})  # the same, of another stride
 
 
 @inside

@@ -206,3 +206,20 @@ def test_bad_arguments_are_named(change, message):
 def test_without_a_gpu_the_reason_is_one_line():
     with pytest.raises(ValueError, match="need a GPU"):
         kl_divergence(torch.zeros(2, 9), torch.zeros(2, 9))
+
+
+@inside
+def test_labels_of_any_stride():
+    torch.manual_seed(5)
+    student, teacher = 3 * torch.randn(6, 130), 3 * torch.randn(6, 130)
+    table = torch.tensor([[0, 3], [0, -100], [0, 7], [0, -100], [0, 129], [0, 5]])
+    check(student, teacher, table[:, 1], kind="forward")
+
+
+@inside
+def test_logits_that_somebody_saved_are_not_overwritten_unseen():
+    """exp saves its output; its backward would take the gradient for it."""
+    x = torch.randn(4, 70, requires_grad=True)
+    rows = kl_rows(x.exp(), torch.randn(4, 70), in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rows.sum().backward()

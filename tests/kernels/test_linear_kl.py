@@ -14,7 +14,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 from lightning_itk.kernels.chunks import plan_chunks
 from lightning_itk.kernels.launch import INTERPRET
-from lightning_itk.kernels.linear_kl import linear_cross_entropy, linear_kl_divergence, linear_loss
+from lightning_itk.kernels.linear_kl import (
+    linear_cross_entropy,
+    linear_kl_divergence,
+    linear_loss,
+    scale_in_place,
+)
 
 pytestmark = pytest.mark.interpret
 inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
@@ -308,3 +313,31 @@ def test_bad_arguments_are_named(change, message):
     good |= {"teacher_hidden": torch.zeros(2, 4), "teacher_weight": torch.zeros(8, 4)}
     with pytest.raises(ValueError, match=message):
         linear_kl_divergence(**(good | change))
+
+
+@inside
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_and_biases_of_any_stride(training):
+    h = heads(n=6)
+    table = torch.tensor([[0, 3], [0, -100], [0, 7], [0, -100], [0, 70], [0, 5]])
+    biases = torch.randn(2, 75, 2)
+    results = []
+    for strided in (True, False):
+        labels, *bias = table[:, 1], biases[0, :, 0], biases[1, :, 1]
+        if not strided:
+            labels, bias = labels.contiguous(), [b.contiguous() for b in bias]
+        tensors = [x.clone().requires_grad_(training) for x in h[:2]]
+        options = {"student_bias": bias[0], "teacher_bias": bias[1], "ce_weight": 0.5}
+        loss, ce, kl = linear_kl_divergence(*tensors, *h[2:], labels, **options)
+        entropy = linear_cross_entropy(*tensors, labels, bias=bias[0])
+        grads = torch.autograd.grad(1.7 * loss + entropy, tensors) if training else []
+        results.append([loss, ce, kl, entropy, *grads])
+    for strided, contiguous in zip(*results, strict=True):
+        assert strided.equal(contiguous)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_upstream_gradients_are_rounded_once(dtype):
+    grad, factor = torch.randn(70, 33).to(dtype), torch.tensor(1 / 3)
+    expected = (grad.float() * factor).to(dtype)
+    assert scale_in_place(grad, factor).equal(expected)
