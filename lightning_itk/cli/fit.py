@@ -84,6 +84,13 @@ class InstructionCLI(LightningCLI):
         get = self._get
         return get(self.config_init, "log_dir") or get(self.config_init, "trainer.default_root_dir") or "runs"
 
+    def before_instantiate_classes(self) -> None:
+        if self._get(self.config, "model.class_path").rpartition(".")[2] == "InstructionModule":
+            raise ValueError(
+                "model has no class_path, expected lightning_itk.SFTModule, lightning_itk.KDModule, "
+                "lightning_itk.DAEModule or a subclass of yours"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs["logger"] = self._default_logger()

@@ -85,8 +85,10 @@ def _stage(args: list[str]) -> int:
 
 def _is_users(error: Exception) -> bool:
     from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    return isinstance(error, ValueError | OSError | ArgumentError | ImportError)
+    kinds = ValueError | OSError | ArgumentError | ImportError | MisconfigurationException
+    return isinstance(error, kinds) or str(error).startswith("Early stopping conditioned on metric")
 
 
 # What jsonargparse says around the reason: that it tried a union, with which types, on which whole value.

@@ -54,7 +54,8 @@ class InstructionModule(L.LightningModule):
         compile: Compile the student's decoder with torch.compile.
         optimizer: Builder that takes the trainable parameters.
         lr_scheduler: A schedule name of transformers (cosine, linear, constant_with_warmup, ...) or a builder that
-            takes the optimizer; null keeps the learning rate constant. Stepped once per optimizer step.
+            takes the optimizer; null keeps the learning rate constant. Stepped once per optimizer step;
+            ReduceLROnPlateau once per epoch, by its monitor or else val/loss.
         warmup: Share of all steps (below 1) or number of steps (1 and more) for a named schedule's warm-up.
         max_new_tokens: Longest answer in the predict loop.
         nonfinite: A step whose loss or gradient is not finite: stop = an error that says where, before the weights are
@@ -353,4 +354,7 @@ class InstructionModule(L.LightningModule):
             )
         else:
             scheduler = self.lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            schedule |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val/loss")}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -296,3 +296,18 @@ def test_no_checkpoint_is_executed_from_wherever_it_comes(here, capsys, model_fo
             assert not (here / "executed").exists()
     finally:
         server.shutdown()
+
+
+def test_what_frameworks_refuse_is_no_bug(here, capsys, model_folder):
+    text = config(model_folder("llama"))
+    (here / "c.yaml").write_text(text)
+    (here / "bare.yaml").write_text(json.dumps(json.loads(text) | {"model": {"student": "somewhere"}}))
+    error = error_of(capsys, "fit", "--config", "bare.yaml")
+    assert "model has no class_path, expected lightning_itk.SFTModule, lightning_itk.KDModule" in error
+    for kind in ("EarlyStopping", "ModelCheckpoint"):
+        callbacks = json.dumps([{"class_path": kind, "init_args": {"monitor": "val_loss"}}])
+        code, _, err = run(capsys, "fit", "--config", "c.yaml", "--trainer.callbacks", callbacks)
+        assert code == 1
+        assert "val_loss" in err.splitlines()[-1]
+        assert "val/response_loss" in err.splitlines()[-1]
+        assert "bug" not in err

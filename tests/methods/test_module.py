@@ -127,6 +127,22 @@ def test_schedules_step_once_per_optimizer_step(tmp_path):
     assert rates == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_plateaus_are_seen_in_the_validation_loss(tmp_path, plain):
+    from lightning.pytorch.cli import ReduceLROnPlateau
+
+    builder = torch.optim.lr_scheduler.ReduceLROnPlateau if plain else ReduceLROnPlateau
+    options = {"patience": 0, "threshold": 1e9, **({} if plain else {"monitor": "val/response_loss"})}
+    model = itk.SFTModule(
+        tiny_model(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        lr_scheduler=lambda optimizer: builder(optimizer, **options),
+    )
+    fit = trainer(tmp_path, logger=False, enable_checkpointing=False, max_epochs=3)
+    fit.fit(model, loader(), loader())
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3)  # nothing is ever better by so much
+
+
 def test_compiled_decoder_gives_the_same_loss(tmp_path, monkeypatch):
     batch = next(iter(loader()))
     plain = itk.SFTModule(tiny_model()).losses(batch)["ce"].total
