@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_itk.batch import (
@@ -29,12 +29,13 @@ from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.finite import FiniteGuard, NonFinite
 from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_gradients
+from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
-from lightning_itk.models.checkpoint import keep_out_of_checkpoints, plain_hparams, rng_states, set_rng_state
+from lightning_itk.models.checkpoint import plain_hparams, rng_states, set_rng_state
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
-from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
+from lightning_itk.models.loading import DType, LoRA, load_causal_lm, make_trainable
 from lightning_itk.trainer import datamodule, replica
 
 
@@ -98,18 +99,7 @@ class InstructionModule(L.LightningModule):
                 trust_remote_code=trust_remote_code,
             )
         check_head(student)
-        model: torch.nn.Module = student
-        if lora is not None:
-            model = add_lora(student, LoRA(**lora) if isinstance(lora, dict) else lora)
-            keep_out_of_checkpoints(model, frozen_only=True)
-        if gradient_checkpointing:
-            # Non-reentrant: side effects of a layer's forward, such as the attention loss, keep their graph.
-            enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            if lora is not None:
-                student.enable_input_require_grads()
-        if compile:
-            base_causal_lm(model).get_decoder().compile()
+        model = make_trainable(student, lora, gradient_checkpointing=gradient_checkpointing, compile=compile)
         self.student = model.train()  # from_pretrained leaves a model in eval mode
         self._sums, self._guard = StepSums(), FiniteGuard(nonfinite)
         self._metrics: dict[str, TokenMean] = {}
@@ -342,19 +332,10 @@ class InstructionModule(L.LightningModule):
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
 
     def configure_optimizers(self) -> Any:
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self.optimizer(trainable)
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        if isinstance(self.lr_scheduler, str):
-            steps = int(self.trainer.estimated_stepping_batches)
-            warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
-            scheduler: Any = get_scheduler(
-                self.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps
-            )
-        else:
-            scheduler = self.lr_scheduler(optimizer)
-        schedule = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            schedule |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val/loss")}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": schedule(self.lr_scheduler, optimizer, self.trainer, self.warmup),
+        }

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_itk.hub import check_folder, first_line
+from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -103,3 +104,22 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> torch.nn.Module:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"LoRA cannot be added to {type(model).__name__}: {first_line(error)}") from error
+
+
+def make_trainable(
+    model: PreTrainedModel, lora: LoRA | dict[str, Any] | None, *, gradient_checkpointing: bool, compile: bool
+) -> torch.nn.Module:
+    """The model as it is trained: with adapters, with activations recomputed in backward, with its decoder compiled."""
+    trained: torch.nn.Module = model
+    if lora is not None:
+        trained = add_lora(model, LoRA(**lora) if isinstance(lora, dict) else lora)
+        keep_out_of_checkpoints(trained, frozen_only=True)
+    if gradient_checkpointing:
+        # Non-reentrant: side effects of a layer's forward, such as the attention loss, keep their graph.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        if lora is not None:
+            model.enable_input_require_grads()
+    if compile:
+        model.get_decoder().compile()
+    return trained
