@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -68,6 +69,44 @@ def train(method: str, data: str, folder: Path, output: Path, resume: bool = Fal
     )
     checkpoints = sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime)
     trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoints[-1] if resume else None, weights_only=True)
+    torch.save({"weights": model.state_dict(), "step": trainer.global_step}, output)
+
+
+class Numbered(ModelCheckpoint):
+    """A file of its own for every save, and a save whenever it may be, twice at one step as well."""
+
+    def _should_skip_saving_checkpoint(self, trainer) -> bool:
+        return False
+
+    def _format_checkpoint_name(self, *args, **kwargs) -> str:
+        self.saves = getattr(self, "saves", 0) + 1
+        return f"{self.saves:03}"
+
+
+def train_windows(data: str, folder: Path, output: Path, when: str, resume: Path | None = None) -> None:
+    """Two epochs with dropout, accumulation, a schedule and validation inside the epoch; saves that meet no window."""
+    L.seed_everything(0)
+    options = {"max_length": 96, "batch_size": 2, "num_proc": 1, "cache_dir": str(folder / "cache")}
+    saving = {"validation": {"every_n_epochs": 1}, "time": {"train_time_interval": timedelta(0)}}[when]
+    callback = Numbered(folder / ("resumed" if resume else "saved"), save_top_k=-1, **saving)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=3,
+        val_check_interval=7,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        deterministic=True,
+    )
+    model = itk.SFTModule(
+        tiny_model("llama", 0, attention_dropout=0.1),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    )
+    datamodule = itk.InstructionDataModule(data, tokenizer=byte_tokenizer(), **options)
+    trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     torch.save({"weights": model.state_dict(), "step": trainer.global_step}, output)
 
 

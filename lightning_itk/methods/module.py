@@ -32,7 +32,7 @@ from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_grad
 from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
-from lightning_itk.models.checkpoint import plain_hparams, rng_states, set_rng_state
+from lightning_itk.models.checkpoint import plain_hparams, rewind, rng_state, rng_states, set_rng_state
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
 from lightning_itk.models.loading import DType, LoRA, load_causal_lm, make_trainable
@@ -157,6 +157,8 @@ class InstructionModule(L.LightningModule):
     # Steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if not self._sums.begun:
+            self._window_rng = rng_state()
         batch = cast(Batch, self.forward_pass(batch))
         terms, targets = self.losses(batch), count_targets(batch)
         total = weighted_sum(terms)
@@ -324,7 +326,10 @@ class InstructionModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.check(self.trainer)
-        checkpoint["rng_states"] = rng_states(self.trainer.world_size)
+        begun = self._sums.begun
+        checkpoint["rng_states"] = rng_states(self._window_rng if begun else rng_state(), self.trainer.world_size)
+        if begun:
+            rewind(checkpoint, begun)
         checkpoint["skipped_steps"] = self._guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,11 +22,18 @@ class StepSums:
     def __init__(self) -> None:
         self._own: dict[str, Tensor] = {}
         self._reduced: dict[str, Tensor] | None = None
+        self._micro_batches = 0
+
+    @property
+    def begun(self) -> int:
+        """Micro-batches of a step that has not ended."""
+        return 0 if self._reduced is not None else self._micro_batches
 
     def add(self, sums: Mapping[str, Tensor | int], device: torch.device) -> None:
         """Add a micro-batch, without waiting for the device. The names are the same on every rank."""
         if self._reduced is not None:
-            self._own, self._reduced = {}, None
+            self._own, self._reduced, self._micro_batches = {}, None, 0
+        self._micro_batches += 1
         for name, value in sums.items():
             added = torch.as_tensor(value).detach().double().to(device, non_blocking=True)
             self._own[name] = self._own[name] + added if name in self._own else added

@@ -61,11 +61,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def rng_states(world_size: int) -> list[dict[str, Tensor]]:
-    """The random state of every rank; called on all of them."""
+def rng_state() -> dict[str, Tensor]:
+    """The random state of this rank."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def rng_states(state: dict[str, Tensor], world_size: int) -> list[dict[str, Tensor]]:
+    """The random state of every rank, from each one's own; called on all of them."""
     if world_size == 1:
         return [state]
     states: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
@@ -80,6 +85,25 @@ def set_rng_state(states: list[dict[str, Tensor]], rank: int) -> None:
     torch.set_rng_state(states[rank]["cpu"].cpu())
     if "cuda" in states[rank] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[rank]["cuda"].cpu())
+
+
+def rewind(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Let a checkpoint stand at the beginning of its accumulation window, where its weights are: nobody keeps the
+    gradients that the window has gathered so far, so its micro-batches are run again.
+
+    Args:
+        checkpoint: as Lightning is about to write it; its counts of batches and the positions in the data are changed.
+        micro_batches: how many the window has had.
+    """
+    fit = checkpoint["loops"]["fit_loop"]
+    for counts in (fit["epoch_loop.batch_progress"][which] for which in ("total", "current")):
+        counts |= dict.fromkeys(("ready", "started", "processed", "completed"), counts["ready"] - micro_batches)
+    fit["epoch_loop.batch_progress"]["is_last_batch"] = False
+    loaders = list(fit["state_dict"].get("combined_loader", []))
+    data = [state["train"] for state in checkpoint.values() if isinstance(state, dict) and "train" in state]
+    for position in {id(state): state for state in [*loaders, *data]}.values():
+        if isinstance(position, dict) and "batches" in position:
+            position["batches"] -= micro_batches
 
 
 def plain_hparams(hparams: Any) -> dict[str, Any]:

@@ -22,7 +22,9 @@ def test_a_step_ends_when_it_is_reduced():
     assert sums.reduced(ranks) == {}
     sums.add({"a": 1, "b": torch.tensor(0.5)}, cpu)
     sums.add({"a": 2, "b": torch.tensor(0.25)}, cpu)
+    assert sums.begun == 2
     first = sums.reduced(ranks)
+    assert sums.begun == 0
     assert {name: value.item() for name, value in first.items()} == {"a": 6, "b": 1.5}
     assert sums.reduced(ranks) is first  # a second optimizer sees the same step
     assert ranks.calls == 1

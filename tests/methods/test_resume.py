@@ -42,3 +42,18 @@ def test_killed_runs_end_with_the_same_weights(method, kills, data, uninterrupte
         assert weight.equal(result["weights"][name]), name
     if method == "kd":
         assert not [name for name in expected["weights"] if "teacher" in name]
+
+
+@pytest.mark.parametrize("when", ["validation", "time"])
+def test_checkpoints_inside_an_accumulation_window_resume_to_the_bit(when, data, tmp_path):
+    """Validation every 7 of 21 micro-batches, accumulated by 3; by time: after each of them."""
+    runs.train_windows(data, tmp_path, tmp_path / "whole.pt", when)
+    expected = torch.load(tmp_path / "whole.pt", weights_only=True)
+    checkpoints = sorted(tmp_path.glob("saved/*.ckpt"))
+    assert len(checkpoints) >= {"validation": 6, "time": 40}[when]
+    for checkpoint in checkpoints[:: {"validation": 1, "time": 5}[when]]:
+        runs.train_windows(data, tmp_path, tmp_path / "resumed.pt", when, checkpoint)
+        result = torch.load(tmp_path / "resumed.pt", weights_only=True)
+        assert result["step"] == expected["step"] == 14
+        for name, weight in expected["weights"].items():
+            assert weight.equal(result["weights"][name]), (checkpoint.name, name)
