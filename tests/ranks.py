@@ -35,6 +35,29 @@ class Halves(L.LightningDataModule):
         return self.train_dataloader()
 
 
+def odd_data(data: str, folder: Path, strategy: str = "auto", ranks: int = 1) -> None:
+    """DAE with attention on data whose last step leaves a rank without any sample; rank 0 writes the weights."""
+    options = {"tokenizer": byte_tokenizer(), "max_length": 96, "num_proc": 1, "validation": 0, "shuffle": False}
+    datamodule = InstructionDataModule(data, batch_size=4 // ranks, cache_dir=str(folder / "cache"), **options)
+    kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=kind,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = module("dae")
+    trainer.fit(model, datamodule=datamodule)
+    weights = (p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.student.parameters())
+    weights = torch.cat([weight.flatten() for weight in weights])
+    if trainer.is_global_zero:
+        torch.save(weights, folder / f"{strategy}.pt")
+
+
 def resume(data: str, strategy: str, folder: Path) -> None:
     """Train with a checkpoint after every step, then again from the third, in the middle of an epoch."""
 

@@ -1,6 +1,7 @@
 """Two CPU ranks over gloo, in processes of their own, against one process with the whole batch."""
 
 import functools
+import json
 
 import lightning as L
 import pytest
@@ -59,3 +60,16 @@ def test_two_ranks_resume_in_the_middle_of_an_epoch(strategy, tmp_path):
     run_ranks(ranks.resume, runs.write_records(tmp_path), strategy, tmp_path)
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert weights["resumed"].equal(weights["whole"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_without_samples_takes_part(strategy, tmp_path):
+    """41 samples in steps of 2 x 2: in the last step one rank has none, and no teacher has any for it."""
+    records = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 9), "is_domain": i % 2} for i in range(41)]
+    data = tmp_path / "records.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    ranks.odd_data(str(data), tmp_path)
+    run_ranks(ranks.odd_data, str(data), tmp_path, strategy, 2, timeout=120)
+    alone, together = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("auto", strategy))
+    before = torch.cat([p.detach().flatten() for p in module("dae").student.parameters()])
+    assert (together - alone).norm() / (alone - before).norm() < 1e-5
