@@ -81,8 +81,15 @@ def parse_line(line: bytes) -> Any:
         raise DataError(f"not UTF-8 text: byte 0x{line[error.start]:02x} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise DataError(f"broken JSON: {error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise DataError("broken JSON: nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
+        raise DataError(beyond_json(error)) from None
+
+
+def beyond_json(error: Exception) -> str:
+    """What is JSON, but beyond what a parser takes."""
+    return (
+        f"broken JSON: {'nested too deeply' if isinstance(error, RecursionError) else 'a number with too many digits'}"
+    )
 
 
 def check(record: Any, columns: Mapping[str, str], *, need_response: bool = True) -> tuple[list[Message], str]:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from lightning_itk.data.records import ROLES, DataError, Invalid, Record, check, parse_line
+from lightning_itk.data.records import ROLES, DataError, Invalid, Record, beyond_json, check, parse_line
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 _CHUNK_RECORDS, _CHUNK_BYTES = 512, 1 << 20
@@ -42,7 +42,11 @@ class Source:
     split: str = "train"
 
     def check(self) -> None:
-        """Raises DataError for a weight or a column map that makes no sense."""
+        """Raises DataError for a path, a weight or a column map that makes no sense."""
+        if not isinstance(self.path, str):
+            raise DataError(f"a source's path is {self.path!r}, expected text")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
+            raise DataError(f"{self.path}: weight is {self.weight!r}, expected a number above 0")
         if not self.weight > 0 or self.weight == float("inf"):
             raise DataError(f"{self.path}: weight is {self.weight}, expected a number above 0")
         for role in self.columns or {}:
@@ -204,7 +208,9 @@ def _open_bytes(path: Path) -> IO[bytes]:
 
 
 def _broken(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path.name}: cannot be read: {error}")
+    return DataError(
+        f"{path.name}: cannot be read: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+    )
 
 
 def _first_character(path: Path) -> bytes:
@@ -265,6 +271,8 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
                             continue
                     except json.JSONDecodeError as error:
                         broken = error
+                    except (RecursionError, ValueError) as error:
+                        raise DataError(f"{path.name} record {count + 1}: {beyond_json(error)}") from None
                 if at_end:
                     if state == "end":
                         return
@@ -290,7 +298,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also dates that Python does not know
         raise _broken(path, error) from None
 
 

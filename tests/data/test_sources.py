@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_itk.data.records import DataError, Record
-from lightning_itk.data.sources import Source, content_hash, read, read_chunks
+from lightning_itk.data.sources import Source, as_sources, content_hash, read, read_chunks
 
 ALPACA = [{"instruction": f"do {i}\n", "input": "é ]," * i, "output": f"done {i} {{"} for i in range(7)]
 Write = Callable[..., str]
@@ -248,3 +248,39 @@ def test_digests_tell_conversations_apart() -> None:
     assert digest(("user", "a\x1eb")) != digest(("user", "a"), ("b", ""))
     plain = hashlib.blake2b(b"user\x1fa\x1eassistant\x1fb", digest_size=16).digest()
     assert digest(one, two) == plain  # what scores files and caches of version 0.1 hold
+
+
+DEEP, LONG = '{"a": ' * 30_000 + "1" + "}" * 30_000, '{"prompt": "q", "completion": "a", "n": ' + "7" * 5000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (DEEP, "d.jsonl", "d.jsonl line 1: broken JSON: nested too deeply"),
+        (f"[{DEEP}]", "d.json", "d.json record 1: broken JSON: nested too deeply"),
+        (LONG, "d.jsonl", "d.jsonl line 1: broken JSON: a number with too many digits"),
+        (f"[{LONG}]", "d.json", "d.json record 1: broken JSON: a number with too many digits"),
+    ],
+)
+def test_what_no_parser_takes_is_one_line(write: Write, text: str, name: str, message: str) -> None:
+    with pytest.raises(DataError) as raised:
+        list(read(Source(write(text, name))))
+    assert str(raised.value) == message
+
+
+def test_dates_beyond_python_and_broken_parquet_are_one_line(tmp_path: Path, write: Write) -> None:
+    far = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": ["q"], "completion": ["a"], "when": far}), tmp_path / "far.parquet")
+    for path in (str(tmp_path / "far.parquet"), write("PAR1 no", "junk.parquet")):
+        with pytest.raises(DataError, match=r"^\w+\.parquet: cannot be read: ") as raised:
+            list(read(Source(path)))
+        assert "\n" not in str(raised.value)
+
+
+def test_sources_of_the_wrong_type() -> None:
+    for options, message in (
+        ({"path": 5}, "path is 5, expected text"),
+        ({"path": "a", "weight": "2"}, "weight is '2'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            as_sources(options)
