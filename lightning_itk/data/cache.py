@@ -29,12 +29,10 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from lightning_itk.data.chat import ChatEncoder, Encoded
 from lightning_itk.data.records import DataError, Fingerprint, Invalid, Record
-from lightning_itk.data.samples import SCHEMA, Summary, TokenizedSource
+from lightning_itk.data.samples import CUT_OFF, SCHEMA, TOO_LONG, Summary, TokenizedSource
 from lightning_itk.data.sources import Chunk, Source, content_hash, parse_chunk, read_chunks
 
 FORMAT_VERSION = 2
-CUT_OFF = "response cut off by max_length"
-TOO_LONG = "prompt longer than max_length"
 
 _PLACES = 10  # of records that cannot be used are named
 _IN_PROCESS_CHUNKS = 4  # so few chunks are done before worker processes have started

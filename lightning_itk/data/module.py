@@ -1,21 +1,19 @@
 """InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_itk.data.cache import CUT_OFF, TOO_LONG, tokenize
+from lightning_itk.data.cache import tokenize
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.loader import ResumableLoader, SampleSet
 from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sampler import BatchSampler, MixedSource
-from lightning_itk.data.samples import TokenizedSource
+from lightning_itk.data.samples import TokenizedSource, report
 from lightning_itk.data.sources import Sources, as_sources
 from lightning_itk.data.subset import Subset, choose, held_out
 from lightning_itk.hub import load_tokenizer
@@ -256,7 +254,7 @@ class InstructionDataModule(L.LightningDataModule):
         if name not in self._sets:
             tokenized = self._tokenized(name, progress=False)
             self._sets[name] = SampleSet(tokenized, [source.teacher for source in self.sources[name]])
-            _report(name, tokenized, self.max_length)
+            report(name, [source.summary for source in tokenized], self.max_length)
         return self._sets[name]
 
     def _split(self) -> None:
@@ -318,31 +316,3 @@ def _students_tokenizer(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | 
     if found is None:
         raise DataError("no tokenizer: set data.tokenizer to a folder or hub name, or train a module with a student")
     return found
-
-
-def _report(name: str, tokenized: list[TokenizedSource], max_length: int) -> None:
-    """One line on what became of the records. Raises DataError if no sample is left."""
-    summaries = [source.summary for source in tokenized]
-    records, samples, truncated, tokens, learned, unfinished = (
-        sum(getattr(summary, field) for summary in summaries)
-        for field in ("records", "samples", "truncated", "tokens", "learned", "unfinished")
-    )
-    dropped: Counter[str] = Counter()
-    for summary in summaries:
-        dropped.update(summary.dropped)
-    limit = dict.fromkeys((CUT_OFF, TOO_LONG), f"={max_length}")
-    reasons = ", ".join(f"{count:,} {reason}{limit.get(reason, '')}" for reason, count in sorted(dropped.items()))
-    if not samples:
-        raise DataError(f"{name}: no sample is left of {records:,} records: {reasons}")
-    rank_zero_info(
-        f"{name}: {records:,} records, {samples:,} samples"
-        + (f", dropped {reasons}" if reasons else "")
-        + (f", {truncated:,} truncated" if truncated else "")
-        + (f", {unfinished:,} with finished: false (their end is not learned)" if unfinished else "")
-        + f", {tokens:,} tokens"
-        + (f", {learned / tokens:.1%} learned" if learned else "")
-    )
-    for place in [place for summary in summaries for place in summary.invalid][:10]:
-        rank_zero_info(f"  left out: {place}")
-    if (share := sum(dropped.values()) / records) > 0.05:
-        rank_zero_warn(f"{name}: {share:.0%} of the records were dropped: {reasons}")

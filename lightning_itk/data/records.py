@@ -87,9 +87,8 @@ def parse_line(line: bytes) -> Any:
 
 def beyond_json(error: Exception) -> str:
     """What is JSON, but beyond what a parser takes."""
-    return (
-        f"broken JSON: {'nested too deeply' if isinstance(error, RecursionError) else 'a number with too many digits'}"
-    )
+    reason = "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
+    return f"broken JSON: {reason}"
 
 
 def check(record: Any, columns: Mapping[str, str], *, need_response: bool = True) -> tuple[list[Message], str]:

@@ -2,15 +2,20 @@
 
 import json
 import mmap
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_itk.data.chat import Encoded
 from lightning_itk.data.records import DataError
 
+CUT_OFF = "response cut off by max_length"
+TOO_LONG = "prompt longer than max_length"
 _RELEASE_BYTES = 1 << 28
 SCHEMA = pa.schema(
     {
@@ -39,6 +44,33 @@ class Summary:
     invalid: list[str] = field(default_factory=list)  # the first places and reasons of records that cannot be used
     teachers: list[str] = field(default_factory=list)  # tags in order of appearance
     fingerprint: str = ""  # of the records in their order, dropped ones included, without the tokenizer
+
+
+def report(name: str, summaries: Sequence[Summary], max_length: int) -> None:
+    """One line on what became of the records. Raises DataError if no sample is left."""
+    records, samples, truncated, tokens, learned, unfinished = (
+        sum(getattr(summary, field) for summary in summaries)
+        for field in ("records", "samples", "truncated", "tokens", "learned", "unfinished")
+    )
+    dropped: Counter[str] = Counter()
+    for summary in summaries:
+        dropped.update(summary.dropped)
+    limit = dict.fromkeys((CUT_OFF, TOO_LONG), f"={max_length}")
+    reasons = ", ".join(f"{count:,} {reason}{limit.get(reason, '')}" for reason, count in sorted(dropped.items()))
+    if not samples:
+        raise DataError(f"{name}: no sample is left of {records:,} records: {reasons}")
+    rank_zero_info(
+        f"{name}: {records:,} records, {samples:,} samples"
+        + (f", dropped {reasons}" if reasons else "")
+        + (f", {truncated:,} truncated" if truncated else "")
+        + (f", {unfinished:,} with finished: false (their end is not learned)" if unfinished else "")
+        + f", {tokens:,} tokens"
+        + (f", {learned / tokens:.1%} learned" if learned else "")
+    )
+    for place in [place for summary in summaries for place in summary.invalid][:10]:
+        rank_zero_info(f"  left out: {place}")
+    if (share := sum(dropped.values()) / records) > 0.05:
+        rank_zero_warn(f"{name}: {share:.0%} of the records were dropped: {reasons}")
 
 
 class TokenizedSource:

@@ -208,9 +208,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
 
 
 def _broken(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path.name}: cannot be read: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
-    )
+    return DataError(f"{path.name}: cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}")
 
 
 def _first_character(path: Path) -> bytes:
