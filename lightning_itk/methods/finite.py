@@ -12,6 +12,7 @@ from lightning_itk.batch import Batch
 
 NonFinite = Literal["stop", "skip"]
 _NAMED = 8  # samples in an error message
+_KEPT = 64  # micro-batches whose sample ids wait on the device to be looked at
 
 
 class _Step(NamedTuple):
@@ -23,8 +24,9 @@ class _Step(NamedTuple):
 class FiniteGuard:
     """Looks at the loss terms and gradients of every optimizer step, just before the optimizer does.
 
-    On a GPU `stop` never waits for the device: the gradients of such a step become 0 there, and the run stops when it
-    next logs or saves. `skip` waits once per step, because a step without gradients must be decided on the host.
+    On a GPU `stop` does not wait for the device: the gradients of such a step become 0 there, and the run stops when it
+    next logs or saves, after 64 micro-batches at the latest. `skip` waits once per step, because a step without
+    gradients must be decided on the host.
 
     Args:
         mode: stop = an error that says where; skip = leave the step out and count it in `skipped`.
@@ -71,6 +73,8 @@ class FiniteGuard:
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                 local.masked_fill_(~finite, 0)
             self._unchecked.append(step)
+            if sum(len(step.batches) for step in self._unchecked) >= _KEPT:
+                self.check(trainer)
         return norm
 
     def check(self, trainer: L.Trainer) -> None:
