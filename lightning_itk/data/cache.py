@@ -11,8 +11,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -34,6 +36,7 @@ from lightning_itk.data.sources import Chunk, Source, content_hash, parse_chunk,
 
 FORMAT_VERSION = 2
 
+_ABANDONED = 24 * 3600  # seconds without a write
 _PLACES = 10  # of records that cannot be used are named
 _IN_PROCESS_CHUNKS = 4  # so few chunks are done before worker processes have started
 
@@ -170,7 +173,7 @@ def _flat(spans: list[np.ndarray]) -> np.ndarray:
 
 
 def _build(folder: Path, job: _Job, num_proc: int, progress: bool) -> None:
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.{_processes()}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
@@ -279,13 +282,25 @@ def _tokenizer_threads_off() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
+def _processes() -> str:
+    """Names the set of processes whose numbers mean something here: those of this machine, and of this container."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return hashlib.blake2b(f"{socket.gethostname()} {namespace}".encode(), digest_size=6).hexdigest()
+
+
 def _remove_leftovers(folder: Path) -> None:
-    """Unfinished folders of the same cache whose process is gone."""
+    """Unfinished folders of the same cache whose process is gone, or that nobody has written to for a day."""
     for leftover in folder.parent.glob(f"{folder.name}.*.partial"):
-        process = int(leftover.name.split(".")[-2])
+        *_, owners, process, _ = leftover.name.split(".")
         try:
-            os.kill(process, 0)
+            if owners == _processes():
+                os.kill(int(process), 0)
+            elif time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) > _ABANDONED:
+                raise ProcessLookupError
         except ProcessLookupError:
             shutil.rmtree(leftover, ignore_errors=True)
-        except OSError:
+        except (OSError, ValueError):
             pass

@@ -206,3 +206,24 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.time() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_builds_of_other_machines_and_containers_are_left_alone(
+    tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process number means nothing in another container: there it may be alive, here it is nobody."""
+    made = tokenize(source, ENCODER, 100, cache_dir=tmp_path)
+    name = made.folder.name
+    nobody = subprocess.Popen(["true"])
+    nobody.wait()
+    builds = {owner: tmp_path / f"{name}.{owner}.{nobody.pid}.partial" for owner in (cache._processes(), "0" * 12)}
+    old = tmp_path / f"{name}.{'1' * 12}.{nobody.pid}.partial"
+    for build in (*builds.values(), old):
+        build.mkdir()
+        (build / "samples.arrow").write_bytes(b"half")
+    for path in (old, old / "samples.arrow"):
+        os.utime(path, (0, 0))
+    made.folder.rename(tmp_path / "elsewhere")
+    again = tokenize(source, ENCODER, 100, cache_dir=tmp_path)
+    assert again.folder == made.folder
+    assert [path.name for path in tmp_path.glob("*.partial")] == [builds["0" * 12].name]
