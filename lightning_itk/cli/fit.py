@@ -59,14 +59,14 @@ class InstructionCLI(LightningCLI):
             kwargs["ckpt_path"] = str(self._last_checkpoint())
         elif path and path not in ("best", "hpc", "registry") and "://" not in path and not Path(path).exists():
             raise ValueError(f"{path}: no such checkpoint")
-        return kwargs
+        return kwargs | {"weights_only": True}  # of no checkpoint, wherever it comes from, is anything executed
 
     def _run_subcommand(self, subcommand: str) -> None:
-        kwargs = self._prepare_subcommand_kwargs(subcommand)
-        try:  # of no checkpoint, wherever it comes from, is anything executed
-            getattr(self.trainer, subcommand)(**kwargs, weights_only=True)
+        try:
+            super()._run_subcommand(subcommand)
         except UnpicklingError as error:
-            raise ValueError(f"{kwargs['ckpt_path']}: is no checkpoint of this kit (UnpicklingError)") from error
+            path = self.config[subcommand].get("ckpt_path")
+            raise ValueError(f"{path}: is no checkpoint of this kit (UnpicklingError)") from error
 
     def _last_checkpoint(self) -> Path:
         """The newest checkpoint where this run would write its own: of any run with this log_dir."""

@@ -140,8 +140,10 @@ class DistillationModule(InstructionModule):
         run = self.forward_pass(batch)
         assert isinstance(run, DistillationPass)
         states, head = run.student
-        # 0, with a graph through all that other ranks may have gradients of
-        nothing = states.flatten()[:0].float().sum() + head.weight.flatten()[:0].float().sum()
+        nothing = states[:0].float().sum()  # 0, with a graph
+        if not any(self.teacher_weights[name] for name in run.targets):
+            # Other ranks wait for the head's gradient, too. Only here: it costs a tensor of the head's size.
+            nothing = nothing + head.weight[:0].float().sum()
         terms: dict[str, Term] = {}
         for name, weight in self.teacher_weights.items():
             parts, count, suffix = LossParts(nothing, nothing, nothing), 0, _suffix(name)
@@ -151,7 +153,7 @@ class DistillationModule(InstructionModule):
                 if not isinstance(parts, LossParts):
                     raise ValueError(f"divergence must return LossParts, found {type(parts).__name__}")
                 count = own.rows.targets.numel()
-            elements = torch.tensor(count, device=states.device)
+            elements = torch.full((), count, device=states.device)  # filled there: a copy would wait
             terms[f"distillation{suffix}"] = Term(parts.loss, weight, elements)
             terms[f"kl{suffix}"], terms[f"ce{suffix}"] = Term(parts.kl, 0.0, elements), Term(parts.ce, 0.0, elements)
             if self.attention is not None and self._distiller is not None:
@@ -177,7 +179,7 @@ class DistillationModule(InstructionModule):
                 student = linear_token_scores(states.flatten(0, 1)[own.student_rows], head, targets)
                 teacher = linear_token_scores(own.states, own.teacher.head, targets)
                 loss, agreement = teacher.nll.sum(), (student.top1 == teacher.top1).sum()
-                count = torch.tensor(targets.numel(), device=states.device)
+                count = torch.full((), targets.numel(), device=states.device)
             figures[f"teacher_response_loss{_suffix(name)}"] = Term(loss, elements=count)
             figures[f"teacher_agreement{_suffix(name)}"] = Term(agreement, elements=count)
         return figures

@@ -35,7 +35,10 @@ class StepSums:
             self._own, self._reduced, self._micro_batches = {}, None, 0
         self._micro_batches += 1
         for name, value in sums.items():
-            added = torch.as_tensor(value).detach().double().to(device, non_blocking=True)
+            if isinstance(value, Tensor):
+                added = value.detach().double().to(device, non_blocking=True)
+            else:
+                added = torch.full((), value, dtype=torch.float64, device=device)  # a copy from the host would wait
             self._own[name] = self._own[name] + added if name in self._own else added
 
     def reduced(self, strategy: Any) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from tiny import tiny_model
 
 import lightning_itk as itk
 from lightning_itk import batch as b
+from lightning_itk.data.loader import collate
+from lightning_itk.methods.step import weighted_sum
 
 QUIET = {
     "accelerator": "cpu",
@@ -149,14 +151,20 @@ def test_a_hooks_calls_share_one_run_of_the_models():
     assert "val/response_loss" not in metrics
 
 
-def test_a_teacher_without_samples_leaves_no_parameter_without_a_gradient():
-    """Under DDP and FSDP2 the other ranks wait for the gradients of all: the untied head's too."""
-    model = module("dae")
-    terms = model.losses(b.pad([s for s in SAMPLES if s.teacher_id == 0][:2], pad_id=0, teachers=TAGS))
-    only = terms["distillation/expert"].total + terms["attention/expert"].total
-    grads = torch.autograd.grad(only, [model.student.lm_head.weight], allow_unused=True)
-    assert grads[0] is not None
-    assert not grads[0].any()
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize("samples", ["none", "the expert's"])
+def test_no_parameter_is_left_without_a_gradient(samples, weight):
+    """Under DDP and FSDP2 the other ranks wait for all of them: an untied head's too."""
+    student, teachers = tiny_model("llama", 0), {"reference": tiny_model("llama", 1), "expert": tiny_model("llama", 2)}
+    model = itk.DAEModule(student, teachers, teacher_weights={"expert": weight})
+    experts = [sample for sample in SAMPLES if sample.teacher_id == 1][:2]
+    empty = collate([], pad_id=0, teachers=TAGS, packing=False)
+    batch = empty if samples == "none" else b.pad(experts, pad_id=0, teachers=TAGS)
+    teachers["reference"].forward = None  # never asked
+    total = weighted_sum(model.losses(batch))
+    grads = torch.autograd.grad(total, list(model.student.parameters()), allow_unused=True)
+    assert all(grad is not None for grad in grads)
+    assert any(grad.any() for grad in grads) == (samples != "none" and weight > 0)
 
 
 @pytest.mark.parametrize(
