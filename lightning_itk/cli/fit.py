@@ -16,6 +16,7 @@ from lightning_itk.callbacks import ResponseWriter, RunCard
 from lightning_itk.data.module import InstructionDataModule
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.checkpoint import read_checkpoint
+from lightning_itk.models.sharded import check_sharded, is_sharded
 from lightning_itk.trainer import log_folder
 
 
@@ -50,6 +51,8 @@ class InstructionCLI(LightningCLI):
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         if path and Path(path).is_file():
             read_checkpoint(path)  # one clear line, where Lightning would show a loader's inside
+        elif path and Path(path).is_dir():
+            check_sharded(path)
         super()._parse_ckpt_path()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -75,7 +78,7 @@ class InstructionCLI(LightningCLI):
         if not folders:
             root = self.trainer.default_root_dir
             folders = {Path(root, "checkpoints") if logger is None else Path(logger.save_dir or root)}
-        found = [path for folder in folders for path in folder.rglob("*.ckpt")]
+        found = [path for folder in folders for path in folder.rglob("*.ckpt") if path.is_file() or is_sharded(path)]
         if not found:
             raise ValueError(f"ckpt_path is last, but there is no checkpoint in {', '.join(map(str, folders))}")
         return max(found, key=lambda path: path.stat().st_mtime)

@@ -30,9 +30,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lightning_itk.data.chat import ChatEncoder, Encoded
+from lightning_itk.data.content import content_hash
 from lightning_itk.data.records import DataError, Fingerprint, Invalid, Record
 from lightning_itk.data.samples import CUT_OFF, SCHEMA, TOO_LONG, Summary, TokenizedSource
-from lightning_itk.data.sources import Chunk, Source, content_hash, parse_chunk, read_chunks
+from lightning_itk.data.sources import Chunk, Source, parse_chunk, read_chunks
 
 FORMAT_VERSION = 2
 
@@ -74,7 +75,8 @@ def tokenize(
         DataError: broken input, or the cache cannot be written.
     """
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    parts = [FORMAT_VERSION, content_hash(source), Path(source.path).suffixes if source.is_file else source.split]
+    content = content_hash(source, root / "hashes")
+    parts = [FORMAT_VERSION, content, Path(source.path).suffixes if source.is_file else source.split]
     parts += [sorted((source.columns or {}).items()), encoder.fingerprint(), max_length, prompts]
     parts += [invalid] if invalid != "refuse" else []
     folder = root / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -12,6 +12,7 @@ from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, pack, pad
 from lightning_itk.data.records import joint_fingerprint
 from lightning_itk.data.sampler import BatchSampler
 from lightning_itk.data.samples import TokenizedSource
+from lightning_itk.position import StepPlan
 
 
 class SampleSet(Dataset[list[Sample]]):
@@ -85,6 +86,7 @@ def _pad_rows(rows: list[list[Sample]], *, pad_id: int, teachers: tuple[str, ...
 class ResumableLoader:
     """Batches of a `BatchSampler`, resumable at any batch.
 
+    A restored position may come from another number of ranks, as long as the rows of an optimizer step are the same.
     Lightning saves `state_dict` with every checkpoint and restores it before the first batch. It counts the batches
     that were handed out, not those that workers have prepared. This is no torch DataLoader, so Lightning leaves its
     sampler alone; under DDP the sampler knows its rank itself.
@@ -149,13 +151,14 @@ class ResumableLoader:
         state, self._resume = self._resume, None
         if state is None or state["epoch"] != self.sampler.epoch:
             return 0
-        for name, now in self.sampler.signature().items():
-            if state["plan"].get(name) != now:
+        then, now = state["plan"], self.sampler.signature()
+        for name in now.keys() - {"batch_size", "accumulate_grad_batches", "ranks"}:
+            if then.get(name) != now[name]:
                 raise ValueError(
-                    f"the checkpoint stands in the middle of an epoch with {name} = {state['plan'].get(name)}, this "
-                    f"run has {now}: resume with the same data settings, or from a checkpoint at the end of an epoch"
+                    f"the checkpoint stands in the middle of an epoch with {name} = {then.get(name)}, this run has "
+                    f"{now[name]}: resume with the same data settings, or from a checkpoint at the end of an epoch"
                 )
-        return int(state["batches"])
+        return StepPlan.of(then).translate(int(state["batches"]), self.sampler.step_plan)
 
 
 class _From:

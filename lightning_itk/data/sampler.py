@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_itk.data.packing import best_fit
+from lightning_itk.position import StepPlan
 
 _POOL_STEPS = 50  # rows are sorted by length in pools of at most this many steps,
 _MIN_POOLS = 8  # and there are at least so many pools, so that few samples still mix
@@ -98,8 +99,7 @@ class BatchSampler:
         # Lightning asks for the length once. Packs of a sample that changes every epoch may differ in number, so the
         # number of the first epoch holds for all.
         self._count = len(self._plan(0))
-        self._rows_per_step = batch_size * accumulate * world
-        self._steps = -(-self._count // self._rows_per_step)
+        self.step_plan = StepPlan(self._count, batch_size, accumulate, world)
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before every epoch."""
@@ -120,7 +120,7 @@ class BatchSampler:
 
     def __len__(self) -> int:
         """Micro-batches per epoch on each rank."""
-        return max(self._steps - 1, 0) * self.accumulate + self._last_micro_batches()
+        return self.step_plan.micro_batches
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         return self.batches()
@@ -128,23 +128,18 @@ class BatchSampler:
     def batches(self, start: int = 0) -> Iterator[list[np.ndarray]]:
         """The epoch's batches from number `start` on."""
         rows = self._plan(self.epoch).split_to(self._count)
-        for step in range(start // self.accumulate, self._steps):
-            last = step == self._steps - 1
-            end = len(rows) if last else (step + 1) * self._rows_per_step
-            members = np.arange(step * self._rows_per_step, end)
+        for step in range(start // self.accumulate, self.step_plan.steps):
+            last = step == self.step_plan.steps - 1
+            size = self.step_plan.rows_per_step
+            members = np.arange(step * size, len(rows) if last else (step + 1) * size)
             if self.shuffle and self.pack_to is None:
                 # Neighbours in length become a micro-batch, and ranks get similar lengths at the same time.
                 members = members[np.argsort(-self.lengths[rows.samples[members]], kind="stable")]
-            micro_batches = self._last_micro_batches() if last else self.accumulate
+            micro_batches = self.step_plan.last_micro_batches if last else self.accumulate
             cells = np.array_split(members, micro_batches * self.world)
             for micro_batch in range(micro_batches):
                 if step * self.accumulate + micro_batch >= start:
                     yield [rows[row] for row in cells[micro_batch * self.world + self.rank]]
-
-    def _last_micro_batches(self) -> int:
-        """Micro-batches of the last step, which may have fewer rows."""
-        left = self._count - (self._steps - 1) * self._rows_per_step
-        return -(-left // (self.batch_size * self.world))
 
     def _plan(self, epoch: int) -> Rows:
         if self._rows is None or self._rows[0] != epoch:

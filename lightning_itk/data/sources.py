@@ -5,7 +5,6 @@ parsing and checking (`parse_chunk`) can run in worker processes.
 """
 
 import gzip
-import hashlib
 import io
 import json
 import zlib
@@ -177,18 +176,6 @@ def read(source: Source, *, need_response: bool = True) -> Iterator[Record]:
         yield from parse_chunk(chunk, source, need_response=need_response)
 
 
-def content_hash(source: Source) -> str:
-    """A hash of what the source holds, whatever its file is called."""
-    digest = hashlib.blake2b(digest_size=16)
-    if source.is_file:
-        with source.checked_path().open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    else:
-        digest.update(_load_hub(source)._fingerprint.encode())
-    return digest.hexdigest()
-
-
 # Reading
 
 
@@ -300,7 +287,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise _broken(path, error) from None
 
 
-def _load_hub(source: Source) -> Any:
+def load_hub(source: Source) -> Any:
+    """The data set of a source that is no file. Raises DataError."""
     import datasets
 
     try:
@@ -311,4 +299,4 @@ def _load_hub(source: Source) -> Any:
 
 
 def _read_hub(source: Source) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(_load_hub(source), 1)
+    yield from enumerate(load_hub(source), 1)

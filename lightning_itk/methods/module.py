@@ -32,10 +32,12 @@ from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_grad
 from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
-from lightning_itk.models.checkpoint import plain_hparams, rewind, rng_state, rng_states, set_rng_state
+from lightning_itk.models.checkpoint import plain_hparams, rng_state, rng_states, set_rng_state
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
 from lightning_itk.models.loading import DType, LoRA, load_causal_lm, make_trainable
+from lightning_itk.models.storage import use_whole_checkpoints
+from lightning_itk.position import regroup, rewind
 from lightning_itk.trainer import datamodule, replica
 
 
@@ -224,6 +226,9 @@ class InstructionModule(L.LightningModule):
         # Before Lightning copies them: no models, nothing that a weights_only checkpoint cannot hold.
         super()._set_hparams(plain_hparams(hp))
 
+    def setup(self, stage: str) -> None:
+        use_whole_checkpoints(self.trainer.strategy)
+
     def configure_model(self) -> None:
         if self.device_mesh is None:
             return
@@ -333,6 +338,10 @@ class InstructionModule(L.LightningModule):
         checkpoint["skipped_steps"] = self._guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and (size := datamodule(trainer).batch_size):
+            accumulate, ranks = trainer.accumulate_grad_batches, replica(trainer).total
+            regroup(checkpoint, batch_size=size, accumulate=accumulate, ranks=ranks)
         self._rng_states = checkpoint.get("rng_states")
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
 

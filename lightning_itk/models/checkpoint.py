@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_itk.models.sharded import read_sharded
+
 
 def keep_out_of_checkpoints(module: nn.Module, *, frozen_only: bool = False) -> None:
     """Leave a module's tensors out of every state dict, and let strict loading pass without them.
@@ -46,7 +48,8 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint file holds, as tensors that stay on disk and plain values; no code in it runs.
+    """What a checkpoint holds, as tensors and plain values; no code in it runs. Tensors of a file stay on disk until
+    they are used, those of a folder are read.
 
     Raises:
         ValueError: no such file, or none that a training run of this kit wrote whole.
@@ -54,7 +57,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).exists():
         raise ValueError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if Path(path).is_dir():
+            content = read_sharded(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         content["hyper_parameters"], content["state_dict"], int(content["global_step"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path}: is no checkpoint of this kit ({type(error).__name__})") from error
@@ -85,25 +91,6 @@ def set_rng_state(states: list[dict[str, Tensor]], rank: int) -> None:
     torch.set_rng_state(states[rank]["cpu"].cpu())
     if "cuda" in states[rank] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[rank]["cuda"].cpu())
-
-
-def rewind(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Let a checkpoint stand at the beginning of its accumulation window, where its weights are: nobody keeps the
-    gradients that the window has gathered so far, so its micro-batches are run again.
-
-    Args:
-        checkpoint: as Lightning is about to write it; its counts of batches and the positions in the data are changed.
-        micro_batches: how many the window has had.
-    """
-    fit = checkpoint["loops"]["fit_loop"]
-    for counts in (fit["epoch_loop.batch_progress"][which] for which in ("total", "current")):
-        counts |= dict.fromkeys(("ready", "started", "processed", "completed"), counts["ready"] - micro_batches)
-    fit["epoch_loop.batch_progress"]["is_last_batch"] = False
-    loaders = list(fit["state_dict"].get("combined_loader", []))
-    data = [state["train"] for state in checkpoint.values() if isinstance(state, dict) and "train" in state]
-    for position in {id(state): state for state in [*loaders, *data]}.values():
-        if isinstance(position, dict) and "batches" in position:
-            position["batches"] -= micro_batches
 
 
 def plain_hparams(hparams: Any) -> dict[str, Any]:

@@ -117,18 +117,13 @@ def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_c
     """The student of a checkpoint of any module of this kit, built from its hyper-parameters. No teacher is loaded.
 
     Args:
-        ckpt: the checkpoint file; read as tensors and plain values, no code in it runs.
+        ckpt: the checkpoint, a file or a sharded folder; read as tensors and plain values, no code in it runs.
         student: what training began with; None = what the hyper-parameters say.
         trust_remote_code: run code that comes with the student.
 
     Raises:
         ValueError: no such file, no checkpoint of this kit, or weights that do not fit the student.
     """
-    if Path(ckpt).is_dir():
-        raise ValueError(
-            f"{ckpt}: is a folder, a sharded checkpoint: make one file of it with "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` first"
-        )
     content = read_checkpoint(ckpt)
     hparams, state, step = content["hyper_parameters"], content["state_dict"], int(content["global_step"])
     weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}

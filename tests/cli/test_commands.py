@@ -433,5 +433,5 @@ def test_export_refuses(model_folder, tmp_path, capsys, monkeypatch):
     assert "is no checkpoint of this kit" in no(None)
     (tmp_path / "a.ckpt").unlink()
     (tmp_path / "a.ckpt").mkdir()
-    assert "consolidate_checkpoint" in no(None)
+    assert "is no checkpoint of this kit (ValueError)" in no(None)
     assert not (tmp_path / "out").exists()

@@ -103,7 +103,7 @@ def test_another_plan_cannot_continue_an_epoch(samples: SampleSet) -> None:
     next(iter(first))
     other = loader(samples, batch_size=2)
     other.load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="middle of an epoch with batch_size = 4, this run has 2"):
+    with pytest.raises(ValueError, match="must have the same rows .4 and 2."):
         next(iter(other))
     other.load_state_dict(first.state_dict())
     other.sampler.set_epoch(1)

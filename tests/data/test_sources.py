@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_itk.data import content
+from lightning_itk.data.content import content_hash
 from lightning_itk.data.records import DataError, Record
-from lightning_itk.data.sources import Source, as_sources, content_hash, read, read_chunks
+from lightning_itk.data.sources import Source, as_sources, read, read_chunks
 
 ALPACA = [{"instruction": f"do {i}\n", "input": "é ]," * i, "output": f"done {i} {{"} for i in range(7)]
 Write = Callable[..., str]
@@ -205,6 +208,29 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_content_hash_is_of_the_content(write: Write) -> None:
     a, b, c = write("a", "a.jsonl"), write("a", "b.jsonl"), write("b", "c.jsonl")
     assert content_hash(Source(a)) == content_hash(Source(b)) != content_hash(Source(c))
+
+
+def test_a_file_is_read_for_its_hash_once(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other ranks, and later runs, take what was noted, until the file is another one."""
+    reads = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: reads.append(file.name) or digest(file, kind))
+    source, notes = Source(write("aaaa", "a.jsonl")), tmp_path / "notes"
+    assert content_hash(source, notes) == content_hash(source, notes)
+    assert len(reads) == 2
+    assert not notes.exists()  # it was just written: another change could bear the same date
+    monkeypatch.setattr(content, "_SETTLED", -1)
+    first = content_hash(source, notes)
+    assert content_hash(source, notes) == first
+    assert len(reads) == 3
+    dates = os.stat(source.path)
+    write("bbbb", "a.jsonl")
+    os.utime(source.path, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+    assert content_hash(source, notes) == content_hash(source) != first
+    (note,) = notes.iterdir()
+    note.write_text("{")
+    assert content_hash(source, notes) == content_hash(source)
+    assert content_hash(source, Path(source.path)) == content_hash(source)  # nowhere to note it
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import runs
 import torch
 from exact import METHODS, batches, module
 from processes import run_ranks
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.process
@@ -55,11 +56,46 @@ def test_two_ranks_take_the_same_steps(method, strategy, tmp_path):
         assert len(checkpoint["rng_states"]) == 2
 
 
+TWO, ONE = {"ranks": 2, "rows": (2, 2)}, {"ranks": 1, "rows": (2, 4)}
+SETUPS = {"alone": ONE, "wide": {"ranks": 1, "rows": (8, 1)}, "ddp": TWO, "fsdp2": TWO}
+
+
+def fit(setup: str, data: str, folder, name: str, **options) -> torch.Tensor:
+    """Final weights of 12 steps with the strategy, ranks and micro-batches of a set-up."""
+    strategy = setup if setup in ("ddp", "fsdp2") else "auto"
+    plan = SETUPS[setup]
+    together = functools.partial(ranks.fit, strategy=strategy, **plan, **options)
+    if plan["ranks"] == 1:
+        together(data, folder, name)
+    else:
+        run_ranks(together, data, folder, name)
+    result = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert result["step"] == 12
+    return result["weights"]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_resume_in_the_middle_of_an_epoch(strategy, tmp_path):
-    run_ranks(ranks.resume, runs.write_records(tmp_path), strategy, tmp_path)
-    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert weights["resumed"].equal(weights["whole"])
+    data = runs.write_records(tmp_path)
+    whole = fit(strategy, data, tmp_path, "whole", dropout=0.1)
+    resumed = fit(strategy, data, tmp_path, "resumed", dropout=0.1, ckpt=tmp_path / "whole" / "step=3.ckpt")
+    assert resumed.equal(whole)
+
+
+# 42 records in steps of 8 rows: 6 steps an epoch, of which the last has 2 rows.
+@pytest.mark.parametrize("method", ["sft", "kd"])
+def test_any_strategy_resumes_from_any_other(method, tmp_path):
+    """In the middle of an epoch, at its end and in the next; KD has a tied teacher, which no checkpoint holds."""
+    data = runs.write_records(tmp_path)
+    whole = {setup: fit(setup, data, tmp_path, setup, method=method) for setup in ("alone", "ddp", "fsdp2")}
+    before = torch.cat([p.detach().flatten() for p in tiny_model("llama", 0).parameters()])
+    moves = [("fsdp2", "alone", 3), ("alone", "fsdp2", 3), ("fsdp2", "wide", 6), ("ddp", "fsdp2", 8)]
+    moves += [("fsdp2", "ddp", 11), ("ddp", "wide", 5)] if method == "sft" else []
+    for number, (origin, setup, step) in enumerate(moves):
+        checkpoint = tmp_path / origin / f"step={step}.ckpt"
+        assert checkpoint.is_dir() == (origin == "fsdp2")
+        result = fit(setup, data, tmp_path, f"resumed-{number}", method=method, ckpt=checkpoint)
+        assert (result - whole["alone"]).norm() / (whole["alone"] - before[: len(result)]).norm() < 1e-5, checkpoint
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
