@@ -12,16 +12,20 @@ from torchmetrics import Metric
 
 
 class TokenMean(Metric):
-    """Sum of values over sum of counts: a mean that is right whatever the batches and the number of ranks."""
+    """Sum of values over sum of counts: a mean that is right whatever the batches and the number of ranks.
+
+    Args:
+        dtype: of both sums.
+    """
 
     full_state_update = False
     total: Tensor
     count: Tensor
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor | int) -> None:
         """Add a sum over elements and how many there were."""

@@ -16,6 +16,7 @@ from lightning_itk.batch import response_rows
 from lightning_itk.losses.chunked import linear_token_scores
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.hidden import base_causal_lm, hidden_states
+from lightning_itk.models.precision import sum_dtype
 from lightning_itk.selection.scores import append_epoch, read_meta, write_scores
 from lightning_itk.trainer import datamodule, log_folder
 
@@ -100,7 +101,8 @@ def response_losses(
     Returns:
         Losses [size] float64, nan where a sample has no response token; tokens [size] int32. On every rank.
     """
-    sums = torch.zeros(2, size, dtype=torch.float64, device=module.device)  # no copy to the host until the end
+    wide = sum_dtype(module.device)
+    sums = torch.zeros(2, size, dtype=wide, device=module.device)  # no copy to the host until the end
     quiet = not (trainer.is_global_zero and sys.stderr.isatty())
     modes = [m for m in module.modules() if m.training]
     module.eval()
@@ -108,14 +110,14 @@ def response_losses(
         for batch in track(loader, "scoring", disable=quiet, transient=True):
             batch = module.lay_out(trainer.strategy.batch_to_device(batch))
             samples, nll = sample_tokens(module, batch)
-            sums[0].index_add_(0, samples, nll.double())
-            sums[1].index_add_(0, samples, torch.ones_like(nll, dtype=torch.float64))
+            sums[0].index_add_(0, samples, nll.to(wide))
+            sums[1].index_add_(0, samples, torch.ones_like(nll, dtype=wide))
     for m in modes:
         m.training = True
     reduced = trainer.strategy.reduce(sums, reduce_op="sum")
     total, count = torch.as_tensor(reduced).cpu().numpy()
     with np.errstate(invalid="ignore"):
-        return total / np.where(count > 0, count, np.nan), count.astype(np.int32)
+        return total / np.where(count > 0, count, np.nan).astype(np.float64), count.astype(np.int32)
 
 
 def sample_tokens(module: InstructionModule, batch: Any) -> tuple[Tensor, Tensor]:

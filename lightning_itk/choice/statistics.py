@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_itk.losses.chunked import TokenScores
 from lightning_itk.metrics import finite_array
+from lightning_itk.models.precision import sum_dtype
 
 RANK_LIMIT = 100
 """Ranks above count as this in RSR (arXiv 2601.14249)."""
@@ -53,8 +54,9 @@ def sample_statistics(
     """
     assert scores.rank is not None
     kept = scores.rank > 0
-    index, nll, rank = sample_ids[kept].long(), scores.nll[kept].double(), scores.rank[kept]
+    wide = sum_dtype(scores.nll.device)
+    index, nll, rank = sample_ids[kept].long(), scores.nll[kept].to(wide), scores.rank[kept]
     tokens = torch.zeros(samples, dtype=torch.long, device=nll.device).index_add_(0, index, torch.ones_like(index))
-    loss = torch.zeros(samples, dtype=torch.float64, device=nll.device).index_add_(0, index, nll) / tokens
-    mean_rank = torch.zeros_like(loss).index_add_(0, index, rank.clamp_max(rank_limit).double()) / tokens
+    loss = torch.zeros(samples, dtype=wide, device=nll.device).index_add_(0, index, nll) / tokens
+    mean_rank = torch.zeros_like(loss).index_add_(0, index, rank.clamp_max(rank_limit).to(wide)) / tokens
     return SampleStatistics(loss, mean_rank, tokens)

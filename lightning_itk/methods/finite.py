@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_itk.batch import Batch
+from lightning_itk.models.precision import sum_dtype
 
 NonFinite = Literal["stop", "skip"]
 _NAMED = 8  # samples in an error message
@@ -107,7 +108,7 @@ def _samples(batches: list[Tensor]) -> str:
 
 
 def _finite(step: _Step) -> Tensor:
-    return torch.stack([value.double() for value in step.values.values()]).isfinite().all()
+    return torch.stack([value.to(sum_dtype(value.device)) for value in step.values.values()]).isfinite().all()
 
 
 def _last_saved(trainer: L.Trainer) -> str:

@@ -28,16 +28,17 @@ from lightning_itk.hub import load_tokenizer
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.finite import FiniteGuard, NonFinite
-from lightning_itk.methods.normalisation import LOSS_SCALE, StepSums, scale_gradients
+from lightning_itk.methods.normalisation import StepSums, loss_scale, scale_gradients
+from lightning_itk.methods.resume import ResumePoint
 from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
 from lightning_itk.metrics import ResponsePerplexity, TokenMean
-from lightning_itk.models.checkpoint import plain_hparams, rng_state, rng_states, set_rng_state
+from lightning_itk.models.checkpoint import plain_hparams
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
 from lightning_itk.models.loading import DType, LoRA, load_causal_lm, make_trainable
+from lightning_itk.models.precision import sum_dtype
 from lightning_itk.models.storage import use_whole_checkpoints
-from lightning_itk.position import regroup, rewind
 from lightning_itk.trainer import datamodule, replica
 
 
@@ -103,10 +104,10 @@ class InstructionModule(L.LightningModule):
         check_head(student)
         model = make_trainable(student, lora, gradient_checkpointing=gradient_checkpointing, compile=compile)
         self.student = model.train()  # from_pretrained leaves a model in eval mode
-        self._sums, self._guard = StepSums(), FiniteGuard(nonfinite)
+        self._sums, self._guard, self._resume = StepSums(), FiniteGuard(nonfinite), ResumePoint()
+        self._loss_scale: float | None = None
         self._metrics: dict[str, TokenMean] = {}
         self._clock: tuple[float, int] | None = None
-        self._rng_states: list[dict[str, Tensor]] | None = None
         self._packing_checked = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -160,7 +161,7 @@ class InstructionModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if not self._sums.begun:
-            self._window_rng = rng_state()
+            self._resume.begin_window()
         batch = cast(Batch, self.forward_pass(batch))
         terms, targets = self.losses(batch), count_targets(batch)
         total = weighted_sum(terms)
@@ -171,7 +172,9 @@ class InstructionModule(L.LightningModule):
             sums[f"elements/{name}"] = targets if term.elements is None else term.elements
         self._sums.add(sums, total.device)
         self._guard.add(batch, total)
-        return total * LOSS_SCALE
+        if self._loss_scale is None:
+            self._loss_scale = loss_scale(self.parameters(), targets, self.trainer.strategy)
+        return total * self._loss_scale
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val")
@@ -206,7 +209,7 @@ class InstructionModule(L.LightningModule):
 
     def _metric(self, name: str, kind: type[TokenMean]) -> TokenMean:
         if name not in self._metrics:
-            self._metrics[name] = kind().to(self.device)
+            self._metrics[name] = kind(sum_dtype(self.device)).to(self.device)
         return self._metrics[name]
 
     def lay_out(self, batch: Batch) -> Batch:
@@ -264,13 +267,7 @@ class InstructionModule(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        if self._rng_states is not None:
-            set_rng_state(self._rng_states, self.global_rank)
-            self._rng_states = None
-            for callback in self.trainer.checkpoint_callbacks:
-                # Lightning forgets which step it saved last and would save it again after the next micro-batch: a
-                # checkpoint inside an accumulation window, whose gradients nobody has.
-                callback._last_global_step_saved = self.trainer.global_step  # type: ignore[attr-defined]
+        self._resume.restore(self.trainer)
         self._clock = None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -290,7 +287,8 @@ class InstructionModule(L.LightningModule):
         # a batch (tensor parallel) were counted once each.
         replicas = replica(self.trainer).total
         count = sums["targets"].clamp_min(1) * replicas / self.trainer.world_size
-        factor = self.trainer.accumulate_grad_batches * replicas / (LOSS_SCALE * count)
+        assert self._loss_scale is not None
+        factor = self.trainer.accumulate_grad_batches * replicas / (self._loss_scale * count)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         scale_gradients(parameters, factor)
         norm = self._guard.norm(self.trainer, parameters, sums)
@@ -331,19 +329,13 @@ class InstructionModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.check(self.trainer)
-        begun = self._sums.begun
-        checkpoint["rng_states"] = rng_states(self._window_rng if begun else rng_state(), self.trainer.world_size)
-        if begun:
-            rewind(checkpoint, begun)
-        checkpoint["skipped_steps"] = self._guard.skipped
+        self._resume.save(self.trainer, checkpoint, self._sums.begun)
+        checkpoint |= {"skipped_steps": self._guard.skipped, "loss_scale": self._loss_scale}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit" and (size := datamodule(trainer).batch_size):
-            accumulate, ranks = trainer.accumulate_grad_batches, replica(trainer).total
-            regroup(checkpoint, batch_size=size, accumulate=accumulate, ranks=ranks)
-        self._rng_states = checkpoint.get("rng_states")
+        self._resume.load(self._trainer, checkpoint)
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
+        self._loss_scale = checkpoint.get("loss_scale")
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])

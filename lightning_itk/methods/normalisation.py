@@ -1,5 +1,6 @@
 """Exact token normalisation: what a step sums up over its micro-batches and ranks, and the gradients divided by it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,9 +8,28 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Losses are sums. Backward sees them times this constant, which keeps fp16 gradients in range and, being a power of
-# two, rounds nothing; the gradients are divided by the true token count just before the optimizer looks at them.
-LOSS_SCALE = 2.0**-10
+from lightning_itk.models.precision import sum_dtype
+
+_SCALE = 2.0**-10
+
+
+def loss_scale(parameters: Iterable[Tensor], targets: Tensor, strategy: Any) -> float:
+    """What the sums of losses are multiplied by on their way to backward; the gradients are divided by it and by the
+    true token count just before the optimizer looks at them. A power of two rounds nothing.
+
+    It keeps gradients in range. Where they are fp16 themselves, without a GradScaler's fp32 weights, that range is
+    narrow: there it makes a mean of the first micro-batch's sums, as other trainers train on. A collective then, and
+    the host waits for the device; once in a run.
+
+    Args:
+        parameters: of the module.
+        targets: predicted tokens of the first micro-batch, a scalar.
+        strategy: what reduces over the ranks.
+    """
+    if not any(p.requires_grad and p.dtype == torch.float16 for p in parameters):
+        return _SCALE
+    count = float(strategy.reduce(targets.detach().float(), reduce_op="mean"))
+    return 2.0 ** -round(math.log2(max(count, 1.0)))
 
 
 class StepSums:
@@ -36,13 +56,13 @@ class StepSums:
         self._micro_batches += 1
         for name, value in sums.items():
             if isinstance(value, Tensor):
-                added = value.detach().double().to(device, non_blocking=True)
+                added = value.detach().to(device, sum_dtype(device), non_blocking=True)
             else:
-                added = torch.full((), value, dtype=torch.float64, device=device)  # a copy from the host would wait
+                added = torch.full((), value, dtype=sum_dtype(device), device=device)  # a copy from the host would wait
             self._own[name] = self._own[name] + added if name in self._own else added
 
     def reduced(self, strategy: Any) -> dict[str, Tensor]:
-        """The sums over all ranks, fp64 scalars; nothing where nothing was added. A collective, once per step."""
+        """The sums over all ranks, scalars; nothing where nothing was added. A collective, once per step."""
         if self._reduced is None:
             names = sorted(self._own)
             total = strategy.reduce(torch.stack([self._own[n] for n in names]), reduce_op="sum") if names else ()

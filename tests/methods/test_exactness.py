@@ -3,12 +3,18 @@
 import functools
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from exact import METHODS, SAMPLES, TAGS, batches, module
 from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_itk import batch as b
+from lightning_itk.methods.sft import SFTModule
+from lightning_itk.models import precision
+from lightning_itk.recorder import response_losses
 
 
 def fit(model, data, accumulate=1, **kwargs) -> torch.Tensor:
@@ -49,6 +55,58 @@ def test_micro_batches(method):
 @pytest.mark.parametrize("layout", ["packed", "wide"])
 def test_layout(method, layout):
     assert agrees(fit(module(method), batches(8, layout)), method)
+
+
+def test_gradients_that_are_fp16_themselves():
+    """One response token a sample: its gradient is small, and no GradScaler lifts it into fp16's range."""
+    last = [
+        s._replace(labels=np.where(np.arange(len(s.labels)) < len(s.labels) - 1, -100, s.input_ids)) for s in SAMPLES
+    ]
+    data = [b.pad(last[i : i + 2], pad_id=0, teachers=TAGS) for i in range(0, 8, 2)]
+
+    def gradient(dtype: torch.dtype, **options) -> torch.Tensor:
+        found = []
+
+        class Module(SFTModule):
+            def on_before_optimizer_step(self, optimizer):
+                super().on_before_optimizer_step(optimizer)
+                found.append(torch.cat([p.grad.double().flatten() for p in self.student.parameters()]))
+
+        model = Module(tiny_model("llama", 0).to(dtype), lr_scheduler=None)
+        options |= {"accelerator": "cpu", "max_epochs": 1, "accumulate_grad_batches": 4, "logger": False}
+        trainer = L.Trainer(
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options
+        )
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None))
+        return found[0]
+
+    exact = gradient(torch.float64, precision="64-true")
+    assert (gradient(torch.float16, precision="16-true") - exact).norm() / exact.norm() < 2e-3
+    assert (gradient(torch.float32) - exact).norm() / exact.norm() < 1e-5
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device as Apple's, which has no fp64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, function
+        return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_devices_without_fp64(method, monkeypatch):
+    monkeypatch.setattr(precision, "_NO_FP64", {"cpu"})
+    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(enable_checkpointing=False, enable_model_summary=False, **options)
+    model, loader = module(method), torch.utils.data.DataLoader(batches(8), batch_size=None)
+    with NoFloat64():
+        trainer.fit(model, loader, loader)
+        losses, _ = response_losses(trainer, model, batches(8), len(SAMPLES))
+    assert losses.dtype == np.float64
+    assert np.isfinite(losses).all()
+    assert trainer.callback_metrics["val/loss"] > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
