@@ -11,7 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_itk.choice.candidates import Missing, in_order, read_candidates, response_statistics
-from lightning_itk.choice.car import TeacherRank, TeacherResponses, compatibility_adjusted_reward, rank_teachers
+from lightning_itk.choice.car import (
+    TeacherRank,
+    TeacherResponses,
+    compatibility_adjusted_reward,
+    rank_teachers,
+    shift_warning,
+)
 from lightning_itk.choice.rewards import RewardModel
 from lightning_itk.cli.console import device_of, one_source, progress_bar
 from lightning_itk.data.chat import ChatEncoder
@@ -53,7 +59,8 @@ def choose_teacher(
         reward_column: The column that holds each response's reward; the default is `reward`.
         reward_model: Folder or hub name of a sequence classifier that gives the rewards instead.
         beta: Weight of the loss; 0 = the plain reward.
-        shift: Added to every reward, because CAR needs them not negative; auto = what brings the lowest to 0.
+        shift: Added to every reward, because CAR needs them not negative; auto = what brings the lowest mean of a
+            teacher to 0, nothing if no mean is negative. A shift that changes the ranking is said.
         negative: allow = take single negative rewards as long as every teacher's mean is not negative.
         missing: drop = compare on the instructions that every candidate answered.
         output: JSON file for the table.
@@ -113,14 +120,15 @@ def choose_teacher(
         settings = {"student": student, "beta": beta, "shift": shift, "negative": negative, "missing": missing}
         settings |= {"rewards": reward_model or f"column {column}", "max_length": max_length, "instructions": asked}
         with atomic_write(output) as file:
-            whole = settings | {"teachers": [asdict(row) for row in ranking]}
+            whole = settings | {"teachers": [asdict(row) for row in ranking], "verdicts": verdicts(ranking)}
             file.write(json.dumps(whole, indent=2, ensure_ascii=False).encode() + b"\n")
         console.print(f"table {output}", soft_wrap=True, highlight=False)
 
 
 def ranking_table(ranking: Sequence[TeacherRank]) -> Table:
     """Teachers by falling CAR, its parts and its rivals beside it."""
-    table = Table(title=f"{ranking[0].prompts:,} instructions", title_justify="left", box=box.SIMPLE_HEAD)
+    title = f"{ranking[0].prompts:,} instructions" + (f", rewards + {shift:.4g}" if (shift := ranking[0].shift) else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("teacher", overflow="fold")
     for name in ("CAR", "95 % interval", "best", "reward", "loss", "RSR", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -133,7 +141,7 @@ def ranking_table(ranking: Sequence[TeacherRank]) -> Table:
 
 
 def verdicts(ranking: Sequence[TeacherRank]) -> list[str]:
-    """Who is best, and who cannot be told apart, as sentences. Every pair is named once."""
+    """Who is best, who cannot be told apart, and whether the shift decided, as sentences. Every pair is named once."""
     names = [row.teacher for row in ranking]
     said = []
     for place, row in enumerate(ranking):
@@ -142,4 +150,4 @@ def verdicts(ranking: Sequence[TeacherRank]) -> list[str]:
             said.append(f"{row.teacher} cannot be told apart from {', '.join(below)}")
         elif place == 0:
             said.append(f"{row.teacher} is the best teacher for this student by CAR")
-    return said
+    return [*said, *filter(None, [shift_warning(ranking)])]

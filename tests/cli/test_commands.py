@@ -233,6 +233,10 @@ def test_choose_teacher_matches_prompts_and_saves_the_table(model_folder, tmp_pa
         assert row["car"] == pytest.approx(reward / (1 + 3 * row["loss"]))
     assert table["beta"] == 3.0
     assert table["rewards"] == "column reward"
+    assert table["verdicts"] == [
+        "c is the best teacher for this student by CAR",
+        "a cannot be told apart from b",
+    ]
 
 
 def test_choose_teacher_with_a_reward_model(model_folder, tmp_path):
@@ -246,7 +250,7 @@ def test_choose_teacher_with_a_reward_model(model_folder, tmp_path):
     numbers = [i % 4 for i in range(8)]
     turns = [[("user", f"p{n}"), turn[1]] for n, turn in zip(numbers, turns, strict=True)]
     rewards = RewardModel(judge)([[{"role": r, "content": c} for r, c in turn] for turn in turns])
-    shift = max(0, -rewards.min())
+    shift = max(0, -rewards[:4].mean(), -rewards[4:].mean())
     assert rows["a"]["reward"] == pytest.approx(rewards[:4].mean() + shift, abs=1e-5)
     assert rows["b"]["reward"] == pytest.approx(rewards[4:].mean() + shift, abs=1e-5)
 
@@ -300,6 +304,19 @@ def test_choose_teacher_handles_what_it_is_told_to(model_folder, tmp_path, capsy
     b = responses(tmp_path / "b.jsonl", ["ab", "cd", "f", "gh"], [1, 2, 3, 30])
     assert cli.main(choose(student, "--missing", "drop", "--shift", "9", a=a, b=b)) == 0
     assert cli.main(choose(student, "--missing", "drop", "--shift", "auto", a=a, b=b)) == 0
+    capsys.readouterr()
+    short = responses(tmp_path / "short.jsonl", ["ab", "cd", "f", "gh"], [-0.5] * 4)  # has the higher loss
+    long = responses(tmp_path / "long.jsonl", ["xyxy" * 5, "qzq" * 5, "vkw" * 5, "jjx" * 5], [-1] * 4)
+    more = ("--shift", "1e6", "--output", tmp_path / "table.json")
+    assert cli.main(choose(student, *more, short=short, long=long)) == 0
+    warning = (
+        "the shift of 1e+06 decides the ranking: without it CAR is not defined for negative means, "
+        "and the mean reward alone ranks short, long"
+    )
+    said = capsys.readouterr().out
+    assert warning in said.splitlines()
+    assert "4 instructions, rewards + 1e+06" in said
+    assert json.loads((tmp_path / "table.json").read_text())["verdicts"][-1] == warning
 
 
 def teach(model, encoder: ChatEncoder, pairs: list[tuple[str, str]], steps: int) -> None:
