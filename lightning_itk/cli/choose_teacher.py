@@ -20,10 +20,11 @@ from lightning_itk.choice.car import (
 )
 from lightning_itk.choice.rewards import RewardModel
 from lightning_itk.cli.console import device_of, one_source, progress_bar
+from lightning_itk.cli.records import check_not_data
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.module import read_template
 from lightning_itk.data.records import DataError
-from lightning_itk.files import atomic_write
+from lightning_itk.files import atomic_write, check_output, note_output
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.hidden import check_head
 from lightning_itk.models.loading import DType, load_causal_lm
@@ -47,6 +48,7 @@ def choose_teacher(
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Rank candidate teachers for a student by their responses to the same instructions: CAR and its rivals.
 
@@ -72,6 +74,7 @@ def choose_teacher(
         seed: Of the bootstrap.
         device: Where to run; auto = a GPU if there is one.
         trust_remote_code: Run code that comes with the models.
+        overwrite: Replace a table that an earlier run wrote, if it is unchanged; nothing else is ever replaced.
     """
     if reward_column and reward_model:
         raise ValueError("rewards come from reward_column or from reward_model, not from both")
@@ -79,6 +82,9 @@ def choose_teacher(
         raise ValueError(f"max_length must be at least 2 and batch_size 1, found {max_length} and {batch_size}")
     compatibility_adjusted_reward(0.0, 0.0, beta)  # refuses a beta below 0 before the models run
     files = {name: one_source(given, f"candidate {name!r}") for name, given in candidates.items()}
+    if output is not None:
+        check_not_data(output, files.values())
+        check_output(output, overwrite)
     column = None if reward_model else reward_column or "reward"
     found = read_candidates(files, reward_column=column, missing=missing)
     where, console = device_of(device), Console()
@@ -117,11 +123,13 @@ def choose_teacher(
     if ranking[0].prompts < asked:
         console.print(f"{asked - ranking[0].prompts:,} of {asked:,} instructions were dropped (missing: drop)")
     if output is not None:
+        check_output(output, overwrite)  # again: the models took their time
         settings = {"student": student, "beta": beta, "shift": shift, "negative": negative, "missing": missing}
         settings |= {"rewards": reward_model or f"column {column}", "max_length": max_length, "instructions": asked}
         with atomic_write(output) as file:
             whole = settings | {"teachers": [asdict(row) for row in ranking], "verdicts": verdicts(ranking)}
             file.write(json.dumps(whole, indent=2, ensure_ascii=False).encode() + b"\n")
+        note_output(output)
         console.print(f"table {output}", soft_wrap=True, highlight=False)
 
 
