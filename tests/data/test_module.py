@@ -330,7 +330,7 @@ def test_two_ranks_share_the_steps_of_one(folder: Path) -> None:
         port = free.getsockname()[1]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:3])),  # the package beside these tests
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
