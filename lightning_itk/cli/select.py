@@ -83,6 +83,8 @@ def select_records(
         labels = clusters_of(str(clusters), recorded.record, found.fingerprint)
     chosen = select(values, fraction, clusters=labels, order="random" if metric == "random" else order, seed=seed)
     summary = describe(values, recorded.tokens, chosen, seed=seed + 1)
+    for path in written[: 1 + draw]:
+        check_output(path, overwrite)  # again: clusters take their time
     write_records(output, sources, recorded.record[chosen])
     note_output(output)
     rule = "random" if metric == "random" else f"{order} {metric}"
