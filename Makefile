@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(INSTALLED)  ## train, distil and align tiny models on this machine (about five minutes on two cores)
-	$(BIN)/lightning-itk quickstart
+	$(BIN)/lightning-itk quickstart --overwrite true
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(BIN)/python -m pytest

@@ -16,6 +16,7 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.export import check_replaceable, export
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType
+from lightning_itk.outputs import check_output, note_output
 from lightning_itk.trainer import datamodule, log_folder, replica
 
 
@@ -99,17 +100,25 @@ class RunCard(Callback):
 class ResponseWriter(Callback):
     """Write what `predict` answers as JSON lines: `record`, the prompt's number, and `response`.
 
+    A file that stands there already is refused before the first prompt.
+
     Args:
         path: Where; null = `responses.jsonl` in the logger's folder. With several ranks each writes its own file.
+        overwrite: Replace what an earlier run wrote, if it is unchanged; nothing else is ever replaced.
     """
 
-    def __init__(self, path: str | None = None) -> None:
-        self.path = path
+    def __init__(self, path: str | None = None, overwrite: bool = False) -> None:
+        self.path, self.overwrite = path, overwrite
         self.file = Path()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = Path(self.path or log_folder(trainer) / "responses.jsonl")
-        self.file = path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}{path.suffix}")
+        files = [path.with_suffix(f".{rank}{path.suffix}") for rank in range(trainer.world_size)]
+        files = [path] if len(files) == 1 else files
+        for file in files:  # every rank looks at all, so that all stop
+            check_output(file, self.overwrite)
+        trainer.strategy.barrier()
+        self.file = files[trainer.global_rank]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text("")
 
@@ -121,7 +130,12 @@ class ResponseWriter(Callback):
                 file.write(json.dumps({"record": record, "response": response}, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        note_output(self.file)
         rank_zero_info(f"responses: {self.file}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.predicting and self.file.is_file():
+            note_output(self.file)
 
 
 def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:

@@ -4,14 +4,23 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken*")
+
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained` with a one-line error."""
+    """`AutoTokenizer.from_pretrained` with a one-line error, also for a model's folder without a tokenizer."""
     check_folder(name)
+    bare = not any(any(Path(name).expanduser().glob(pattern)) for pattern in _TOKENIZER_FILES)
+    missing = f"folder {name!r} holds no tokenizer: save one there, or name another in data.tokenizer"
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        if bare and Path(name).expanduser().is_dir():
+            raise ValueError(missing) from error
         raise ValueError(f"no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # GPT-2's is then made without a vocabulary
+        raise ValueError(missing if bare else f"the tokenizer of {name!r} has no vocabulary")
+    return tokenizer
 
 
 def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:

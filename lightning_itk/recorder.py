@@ -17,6 +17,7 @@ from lightning_itk.losses.chunked import linear_token_scores
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.hidden import base_causal_lm, hidden_states
 from lightning_itk.models.precision import sum_dtype
+from lightning_itk.outputs import check_output
 from lightning_itk.selection.scores import append_epoch, read_meta, write_scores
 from lightning_itk.trainer import datamodule, log_folder
 
@@ -26,15 +27,16 @@ class ResponseLossRecorder(Callback):
 
     Scores are taken before training and after each epoch, of the samples that the data module would train on without
     a subset, each exactly once whatever the number of ranks. The file is replaced only by a complete one; a resumed
-    run does not score an epoch twice.
+    run does not score an epoch twice. A file that stands there already is refused when training starts.
 
     Args:
         path: The scores file; null = `scores.parquet` in the logger's folder.
         epochs: Stop recording after this many epochs; null = all. LP_app needs one.
+        overwrite: Replace the scores of an earlier run; any other file is never touched.
     """
 
-    def __init__(self, path: str | None = None, epochs: int | None = None) -> None:
-        self.path, self.epochs = path, epochs
+    def __init__(self, path: str | None = None, epochs: int | None = None, overwrite: bool = False) -> None:
+        self.path, self.epochs, self.overwrite = path, epochs, overwrite
 
     def file(self, trainer: L.Trainer) -> Path:
         return Path(self.path or log_folder(trainer) / "scores.parquet")
@@ -42,10 +44,25 @@ class ResponseLossRecorder(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if datamodule(trainer).scoring_dataloader is None:
             raise ValueError("ResponseLossRecorder needs an InstructionDataModule: its scoring_dataloader() is scored")
+        file = self.file(trainer)  # on every rank: the logs' folder is agreed on by all
+        wrong = trainer.strategy.broadcast(self._wrong(trainer, file) if trainer.is_global_zero else None)
+        if wrong is not None:  # on every rank, or the others would wait for the first
+            raise ValueError(wrong)
         if trainer.global_step == 0:
             self._record(trainer, pl_module, epoch=0)
-        elif not self.file(trainer).exists():
-            raise ValueError(f"{self.file(trainer)}: the scores of this run's earlier epochs are not there")
+
+    def _wrong(self, trainer: L.Trainer, file: Path) -> str | None:
+        """Why scores cannot be written there."""
+        try:
+            if trainer.global_step == 0:
+                check_output(file, self.overwrite, known=read_meta)
+            elif not file.exists():
+                return f"{file}: the scores of this run's earlier epochs are not there"
+            elif read_meta(file)["fingerprint"] != datamodule(trainer).fingerprint:
+                return f"{file}: holds scores of other records than this run's, or of another order"
+        except ValueError as error:
+            return str(error)
+        return None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1

@@ -45,6 +45,11 @@ def layer_map(
             if word != "every" or not step.isdigit() or int(step) == 0:
                 raise ValueError(f'attention layers: expected "all", "every:n", a list or a map, found {layers!r}')
             chosen = list(range(int(step) - 1, student_layers, int(step)))
+            if not chosen:
+                raise ValueError(
+                    f"attention layers: {layers!r} takes the last of every {int(step)} layers, and the student has "
+                    f"{student_layers}"
+                )
         else:
             chosen = [layer + student_layers if -student_layers <= layer < 0 else layer for layer in layers]
         pairs = {layer: max(0, round((layer + 1) * teacher_layers / student_layers) - 1) for layer in chosen}

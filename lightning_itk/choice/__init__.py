@@ -6,5 +6,6 @@ from lightning_itk.choice.car import (
     compatibility_adjusted_reward,
     rank_teachers,
     shift_rewards,
+    shift_warning,
 )
 from lightning_itk.choice.statistics import rank_surprisal_ratio

@@ -4,7 +4,7 @@ The strongest model is not always the best teacher (arXiv 2411.07133): its answe
 CAR divides the reward of a teacher's answers by how surprising they are to the untuned student.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ def shift_rewards(rewards: Mapping[str, ArrayLike], shift: float | None = None) 
 
     Args:
         rewards: per teacher [samples]; nan = missing.
-        shift: what to add; None = what brings the lowest reward of all teachers to 0 (nothing if none is negative).
+        shift: what to add; None = what brings the lowest mean reward of a teacher to 0 (nothing if none is negative).
+            CAR is made of means, so single rewards may stay negative: of them, one outlier would decide.
 
     Raises:
         ValueError: an infinite reward.
@@ -32,7 +33,8 @@ def shift_rewards(rewards: Mapping[str, ArrayLike], shift: float | None = None) 
         if np.isinf(values).any():
             raise ValueError(f"teacher {teacher!r}: the reward of prompt {int(np.isinf(values).argmax())} is infinite")
     if shift is None:
-        shift = max(0.0, *(-np.min(values, initial=0.0, where=~np.isnan(values)) for values in arrays.values()))
+        means = [float(np.nanmean(values)) for values in arrays.values() if not np.isnan(values).all()]
+        shift = max([0.0, *(-mean for mean in means)])
     return {teacher: values + shift for teacher, values in arrays.items()}
 
 
@@ -60,6 +62,8 @@ class TeacherRank:
     length: float  # mean response tokens
     rsr: float | None  # lower is better
     prompts: int
+    shift: float = 0.0  # what was added to the rewards; `reward` holds it
+    unshifted_car: float | None = None  # CAR without it; None where a teacher's mean reward is then negative
 
 
 def rank_teachers(
@@ -78,10 +82,16 @@ def rank_teachers(
     All teachers are resampled with the same prompts, so what makes a prompt hard for everyone cancels out of their
     differences. Intervals are percentiles and are not corrected for the number of pairs.
 
+    CAR is a ratio, so its ranking depends on where rewards have their 0: a large shift makes all of them alike, and the
+    loss alone decides. Under auto the teacher of the lowest mean reward has CAR 0 whatever its loss, in every
+    resampling; the others stand by (r - lowest r) / (1 + beta L), and two teachers by their mean reward. See
+    `shift_warning`.
+
     Args:
         teachers: name -> responses to the same prompts, in the same order.
         beta: of CAR.
-        shift: added to every reward of every teacher; auto = what brings the lowest to 0.
+        shift: added to every reward of every teacher; auto = what brings the lowest mean reward of a teacher to 0
+            (nothing if no mean is negative), in each resampling anew. Single rewards may then be negative.
         negative: allow = take single negative rewards as long as every teacher's mean is at least 0.
         missing: drop = rank on the prompts that every teacher answered.
         resamples: bootstrap resamplings.
@@ -100,9 +110,7 @@ def rank_teachers(
             f"found {len(teachers)}, {resamples} and {level}"
         )
     names = list(teachers)
-    rewards = shift_rewards(
-        {name: responses.reward for name, responses in teachers.items()}, None if shift == "auto" else shift
-    )
+    rewards = shift_rewards({name: responses.reward for name, responses in teachers.items()}, 0)
     columns = [_columns(name, teachers[name], rewards[name]) for name in names]
     lengths = {name: column.shape[1] for name, column in zip(names, columns, strict=True)}
     if len(set(lengths.values())) > 1:
@@ -119,7 +127,11 @@ def rank_teachers(
     table = table[:, :, ~absent.any(0)]
     if table.shape[2] == 0:
         raise ValueError("no prompt is answered by every teacher")
-    lowest = table[:, 0].mean(1) if negative == "allow" else table[:, 0].min(1)
+    means = table.mean(2)
+    raw = means[:, 0].copy()
+    fixed = None if shift == "auto" else float(shift)
+    added = max(0.0, -float(raw.min())) if fixed is None else fixed
+    lowest = (raw if negative == "allow" or fixed is None else table[:, 0].min(1)) + added
     if (lowest < 0).any():
         worst = int(lowest.argmin())
         what = "mean reward" if negative == "allow" else "reward"
@@ -128,9 +140,10 @@ def rank_teachers(
             f"teacher {names[worst]!r} has a negative {what} ({lowest[worst]:g}), with which a higher loss raises CAR: "
             f"give a shift (or 'auto'){hint}"
         )
-    means = table.mean(2)
+    means[:, 0] += added
     values = compatibility_adjusted_reward(means[:, 0], means[:, 1], beta)
-    drawn = _resample(table[:, :2], beta, resamples, np.random.default_rng(seed))  # [resamples, teachers]
+    unshifted = None if (raw < 0).any() else compatibility_adjusted_reward(raw, means[:, 1], beta)
+    drawn = _resample(table[:, :2], beta, fixed, resamples, np.random.default_rng(seed))  # [resamples, teachers]
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(drawn, tails, axis=0)
     gap_low, gap_high = np.quantile(drawn[:, :, None] - drawn[:, None, :], tails, axis=0)
@@ -152,9 +165,30 @@ def rank_teachers(
                 length=float(means[t, 2]),
                 rsr=None if teachers[names[t]].rank is None else rank_surprisal_ratio(table[t, 3], table[t, 1]),
                 prompts=table.shape[2],
+                shift=added,
+                unshifted_car=None if unshifted is None else float(unshifted[t]),
             )
         )
     return ranking
+
+
+def shift_warning(ranking: Sequence[TeacherRank]) -> str | None:
+    """One line where a ranking is the shift's: without it, two teachers would stand the other way round.
+
+    Args:
+        ranking: of `rank_teachers`. It is compared with CAR of the rewards as they are, or with the mean rewards where
+            one of them is negative, because CAR is then not defined.
+    """
+    before = np.array([row.reward - row.shift if row.unshifted_car is None else row.unshifted_car for row in ranking])
+    after = np.array([row.car for row in ranking])
+    gaps, now = before[:, None] - before, after[:, None] - after
+    if not (np.isclose(before[:, None], before, rtol=1e-9, atol=0) | (gaps * now >= 0)).all():
+        names = ", ".join(ranking[place].teacher for place in np.argsort(-before, kind="stable"))
+        ranks = f"CAR ranks {names}"
+        if ranking[0].unshifted_car is None:
+            ranks = f"CAR is not defined for negative means, and the mean reward alone ranks {names}"
+        return f"the shift of {ranking[0].shift:.4g} decides the ranking: without it {ranks}"
+    return None
 
 
 def _columns(name: str, responses: TeacherResponses, reward: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -170,8 +204,10 @@ def _columns(name: str, responses: TeacherResponses, reward: NDArray[np.float64]
     return np.stack(list(arrays.values()))
 
 
-def _resample(table: NDArray[np.float64], beta: float, resamples: int, random: np.random.Generator) -> NDArray[Any]:
-    """CAR of every teacher under each resampling of the prompts [resamples, teachers]."""
+def _resample(
+    table: NDArray[np.float64], beta: float, shift: float | None, resamples: int, random: np.random.Generator
+) -> NDArray[Any]:
+    """CAR of every teacher under each resampling of the prompts [resamples, teachers]; shift None = auto, of each."""
     teachers, _, prompts = table.shape
     flat = table.reshape(teachers * 2, prompts)
     drawn = np.empty((resamples, teachers))
@@ -181,5 +217,6 @@ def _resample(table: NDArray[np.float64], beta: float, resamples: int, random: n
         picks = random.integers(prompts, size=(rows, prompts)) + np.arange(rows)[:, None] * prompts
         counts = np.bincount(picks.ravel(), minlength=rows * prompts).reshape(rows, prompts)
         means = (counts @ flat.T / prompts).reshape(rows, teachers, 2)
-        drawn[start : start + rows] = means[..., 0] / (1 + beta * means[..., 1])
+        added = -means[..., 0].min(1, keepdims=True).clip(max=0) if shift is None else shift
+        drawn[start : start + rows] = (means[..., 0] + added) / (1 + beta * means[..., 1])
     return drawn

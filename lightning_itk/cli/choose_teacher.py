@@ -11,9 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_itk.choice.candidates import Missing, in_order, read_candidates, response_statistics
-from lightning_itk.choice.car import TeacherRank, TeacherResponses, compatibility_adjusted_reward, rank_teachers
+from lightning_itk.choice.car import (
+    TeacherRank,
+    TeacherResponses,
+    compatibility_adjusted_reward,
+    rank_teachers,
+    shift_warning,
+)
 from lightning_itk.choice.rewards import RewardModel
 from lightning_itk.cli.console import device_of, one_source, progress_bar
+from lightning_itk.cli.records import check_not_data
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.module import read_template
 from lightning_itk.data.records import DataError
@@ -21,6 +28,7 @@ from lightning_itk.files import atomic_write
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.hidden import check_head
 from lightning_itk.models.loading import DType, load_causal_lm
+from lightning_itk.outputs import check_output, note_output
 
 
 def choose_teacher(
@@ -41,6 +49,7 @@ def choose_teacher(
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Rank candidate teachers for a student by their responses to the same instructions: CAR and its rivals.
 
@@ -53,7 +62,8 @@ def choose_teacher(
         reward_column: The column that holds each response's reward; the default is `reward`.
         reward_model: Folder or hub name of a sequence classifier that gives the rewards instead.
         beta: Weight of the loss; 0 = the plain reward.
-        shift: Added to every reward, because CAR needs them not negative; auto = what brings the lowest to 0.
+        shift: Added to every reward, because CAR needs them not negative; auto = what brings the lowest mean of a
+            teacher to 0, nothing if no mean is negative. A shift that changes the ranking is said.
         negative: allow = take single negative rewards as long as every teacher's mean is not negative.
         missing: drop = compare on the instructions that every candidate answered.
         output: JSON file for the table.
@@ -65,6 +75,7 @@ def choose_teacher(
         seed: Of the bootstrap.
         device: Where to run; auto = a GPU if there is one.
         trust_remote_code: Run code that comes with the models.
+        overwrite: Replace a table that an earlier run wrote, if it is unchanged; nothing else is ever replaced.
     """
     if reward_column and reward_model:
         raise ValueError("rewards come from reward_column or from reward_model, not from both")
@@ -72,6 +83,9 @@ def choose_teacher(
         raise ValueError(f"max_length must be at least 2 and batch_size 1, found {max_length} and {batch_size}")
     compatibility_adjusted_reward(0.0, 0.0, beta)  # refuses a beta below 0 before the models run
     files = {name: one_source(given, f"candidate {name!r}") for name, given in candidates.items()}
+    if output is not None:
+        check_not_data(output, files.values())
+        check_output(output, overwrite)
     column = None if reward_model else reward_column or "reward"
     found = read_candidates(files, reward_column=column, missing=missing)
     where, console = device_of(device), Console()
@@ -110,17 +124,20 @@ def choose_teacher(
     if ranking[0].prompts < asked:
         console.print(f"{asked - ranking[0].prompts:,} of {asked:,} instructions were dropped (missing: drop)")
     if output is not None:
+        check_output(output, overwrite)  # again: the models took their time
         settings = {"student": student, "beta": beta, "shift": shift, "negative": negative, "missing": missing}
         settings |= {"rewards": reward_model or f"column {column}", "max_length": max_length, "instructions": asked}
         with atomic_write(output) as file:
-            whole = settings | {"teachers": [asdict(row) for row in ranking]}
+            whole = settings | {"teachers": [asdict(row) for row in ranking], "verdicts": verdicts(ranking)}
             file.write(json.dumps(whole, indent=2, ensure_ascii=False).encode() + b"\n")
+        note_output(output)
         console.print(f"table {output}", soft_wrap=True, highlight=False)
 
 
 def ranking_table(ranking: Sequence[TeacherRank]) -> Table:
     """Teachers by falling CAR, its parts and its rivals beside it."""
-    table = Table(title=f"{ranking[0].prompts:,} instructions", title_justify="left", box=box.SIMPLE_HEAD)
+    title = f"{ranking[0].prompts:,} instructions" + (f", rewards + {shift:.4g}" if (shift := ranking[0].shift) else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("teacher", overflow="fold")
     for name in ("CAR", "95 % interval", "best", "reward", "loss", "RSR", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -133,7 +150,7 @@ def ranking_table(ranking: Sequence[TeacherRank]) -> Table:
 
 
 def verdicts(ranking: Sequence[TeacherRank]) -> list[str]:
-    """Who is best, and who cannot be told apart, as sentences. Every pair is named once."""
+    """Who is best, who cannot be told apart, and whether the shift decided, as sentences. Every pair is named once."""
     names = [row.teacher for row in ranking]
     said = []
     for place, row in enumerate(ranking):
@@ -142,4 +159,4 @@ def verdicts(ranking: Sequence[TeacherRank]) -> list[str]:
             said.append(f"{row.teacher} cannot be told apart from {', '.join(below)}")
         elif place == 0:
             said.append(f"{row.teacher} is the best teacher for this student by CAR")
-    return said
+    return [*said, *filter(None, [shift_warning(ranking)])]

@@ -101,7 +101,7 @@ class InstructionCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         defaults: list[tuple[type[Callback], type[Callback]]] = [(RunCard, RunCard), (ResponseWriter, ResponseWriter)]
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
-            defaults.append((RichProgressBar, ProgressBar))
+            defaults.append((TrainingBar, ProgressBar))
         for default, kind in defaults:
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(default())
@@ -113,6 +113,22 @@ class InstructionCLI(LightningCLI):
         if module_available("tensorboard") or module_available("tensorboardX"):
             return TensorBoardLogger(folder, name=None)
         return CSVLogger(folder, name=None)
+
+
+class TrainingBar(RichProgressBar):
+    """Lightning's bar, right where only the steps are limited: there it names epoch -2 as the last, and takes the
+    steps that are left for batches."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        if self.trainer.max_epochs != -1 or self.trainer.max_steps < 1:
+            return super().total_train_batches
+        left = (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
+        return min(self.trainer.num_training_batches, left)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        text = super()._get_train_description(current_epoch)
+        return text.replace("/-2", "   ") if self.trainer.max_epochs == -1 else text
 
 
 class SaveConfig(SaveConfigCallback):

@@ -1,11 +1,11 @@
 """`generate`: write a model's responses to prompts."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lightning_itk.cli.console import device_of, one_source, progress_bar
+from lightning_itk.cli.records import check_not_data
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.module import read_template
 from lightning_itk.data.sources import Sources
@@ -13,6 +13,7 @@ from lightning_itk.evaluation.responses import prompts_fingerprint, read_prompts
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.loading import DType, load_causal_lm
+from lightning_itk.outputs import check_output
 
 
 def generate_responses(
@@ -29,6 +30,7 @@ def generate_responses(
     chat_template: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write a model's responses to prompts: training data, or a candidate teacher for `choose-teacher`.
 
@@ -48,12 +50,13 @@ def generate_responses(
         chat_template: A Jinja chat template or a file that holds one; null = the tokenizer's, else the Alpaca prompt.
         device: Where to run; auto = a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
+        overwrite: Replace what an earlier run wrote, if it is unchanged; nothing else is ever replaced.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be at least 1, found {batch_size} and {limit}")
     source, console = one_source(prompts, "prompts"), Console()
-    if Path(output).exists():
-        raise ValueError(f"{output}: exists already, remove it or name another file")
+    check_not_data(output, [source])
+    check_output(output, overwrite)
     found = read_prompts(source, limit)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     encoder = ChatEncoder(tokenizer, read_template(chat_template))
@@ -71,7 +74,7 @@ def generate_responses(
     }
     with progress_bar("generating", len(found)) as advance:
         options: dict[str, Any] = {"teacher": teacher, "batch_size": batch_size, "progress": advance}
-        records = write_responses(generator, encoder, source, found, output, settings, **options)
+        records = write_responses(generator, encoder, source, found, output, settings, overwrite=overwrite, **options)
     texts = [record["response"] if "response" in record else record["messages"][-1]["content"] for record in records]
     cut = sum(not record["finished"] for record in records)
     empty = sum(not text.strip() for text in texts)

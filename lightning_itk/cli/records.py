@@ -4,7 +4,7 @@ Records are read twice, piece by piece, so that only what a selection needs of e
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,11 @@ def text_to_embed(record: Record, _: Any) -> str:
     return cluster_text(_said(record.messages, "user"), _said(record.messages, "assistant"))
 
 
-def check_output(path: str | Path, sources: Sequence[Source]) -> None:
+def check_not_data(path: str | Path, sources: Iterable[Source]) -> None:
     """Refuse to write over the data themselves. Raises DataError."""
     for source in sources:
         if source.is_file and Path(source.path).expanduser().resolve() == Path(path).resolve():
-            raise DataError(f"{path}: is the data itself, write the chosen records to another file")
+            raise DataError(f"{path}: is the data itself, name another file for the output")
 
 
 def write_records(path: str | Path, sources: Sequence[Source], chosen: ArrayLike) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lightning_itk.cli.records import check_output, column_value, index_records, text_to_embed, write_records
+from lightning_itk.cli.records import check_not_data, column_value, index_records, text_to_embed, write_records
 from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sources import Sources, as_sources
 from lightning_itk.data.subset import clusters_of, epochs_needed
+from lightning_itk.outputs import check_output, note_output
 from lightning_itk.selection.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
 from lightning_itk.selection.percentage import Metric, Order, describe, sample_scores, select
 from lightning_itk.selection.scores import Scores, check_records, read_meta, read_scores
@@ -28,6 +29,7 @@ def select_records(
     embedder: str = DEFAULT_EMBEDDER,
     invalid: Invalid = "refuse",
     seed: int = 0,
+    overwrite: bool = False,
 ) -> None:
     """Choose records by recorded scores and write them to a file, with a picture of the choice beside it.
 
@@ -43,6 +45,7 @@ def select_records(
         embedder: sentence-transformers model for a number of clusters.
         invalid: drop = pass over records that cannot be used, as the data module did with data.invalid drop.
         seed: Of random choices and of k-means.
+        overwrite: Replace what an earlier run wrote, if it is unchanged; nothing else is ever replaced.
     """
     sources, console = as_sources(data), Console()
     if len({(str(source.columns), source.teacher) for source in sources}) > 1:
@@ -51,7 +54,14 @@ def select_records(
         raise ValueError(
             f"fraction must be above 0 and at most 1, clusters at least 1, found {fraction} and {clusters}"
         )
-    check_output(output, sources)
+    check_not_data(output, sources)
+    picture, clusters_file = Path(output).with_suffix(".png"), Path(output).with_suffix(".clusters.parquet")
+    if picture == Path(output):
+        raise ValueError(f"{output}: is the name of the picture, name the records' file otherwise")
+    draw = find_spec("matplotlib") is not None
+    written = [Path(output), *([picture] if draw else []), *([clusters_file] if isinstance(clusters, int) else [])]
+    for path in written:
+        check_output(path, overwrite)
     ranked: Metric = "loss" if metric == "random" else metric
     read_meta(scores)  # what is wrong with the small file shows before the large ones are read
     keep = text_to_embed if isinstance(clusters, int) else None
@@ -66,18 +76,21 @@ def select_records(
         raise DataError(f"{scores}: nothing is chosen: fraction {fraction} of {defined} records with a score")
     labels = None
     if isinstance(clusters, int):
-        labels = _clustered(Path(output), recorded, found.kept, ~np.isnan(values), clusters, embedder, seed, console)
+        labels = _clustered(clusters_file, recorded, found.kept, ~np.isnan(values), clusters, embedder, seed, console)
     elif keep is not None:
         labels = np.array(found.kept)[recorded.record]
     elif clusters is not None:
         labels = clusters_of(str(clusters), recorded.record, found.fingerprint)
     chosen = select(values, fraction, clusters=labels, order="random" if metric == "random" else order, seed=seed)
     summary = describe(values, recorded.tokens, chosen, seed=seed + 1)
+    for path in written[: 1 + draw]:
+        check_output(path, overwrite)  # again: clusters take their time
     write_records(output, sources, recorded.record[chosen])
+    note_output(output)
     rule = "random" if metric == "random" else f"{order} {metric}"
     console.print(selection_table(recorded, summary, found.count, rule, labels))
     console.print(f"wrote {len(chosen):,} records to {output}", soft_wrap=True, highlight=False)
-    if find_spec("matplotlib") is None:
+    if not draw:
         console.print("no picture: pip install 'lightning-itk\\[report]'")
         return
     from lightning_itk.report.pictures import draw_selection
@@ -86,14 +99,13 @@ def select_records(
     if groups is None and len(sources) > 1:
         names = [Path(source.path).name for source in sources]
         groups, kind = np.repeat(names, found.source)[recorded.record], "source"
-    picture = draw_selection(
-        Path(output).with_suffix(".png"), values, recorded.tokens, chosen, metric=ranked, groups=groups, group_kind=kind
-    )
+    draw_selection(picture, values, recorded.tokens, chosen, metric=ranked, groups=groups, group_kind=kind)
+    note_output(picture)
     console.print(f"picture {picture}", soft_wrap=True, highlight=False)
 
 
 def _clustered(
-    output: Path, recorded: Scores, texts: list[str], defined: Any, count: int, embedder: str, seed: int, console: Any
+    path: Path, recorded: Scores, texts: list[str], defined: Any, count: int, embedder: str, seed: int, console: Any
 ) -> np.ndarray:
     """k-means clusters of the scored records, also written beside the output so that they need not be made again."""
     if find_spec("sklearn") is None:  # known before the embedding, which takes longest
@@ -102,8 +114,8 @@ def _clustered(
     vectors = embed([texts[record] for record in recorded.record[rows]], embedder, progress=console.is_terminal)
     labels = np.full(len(defined), -1, np.int64)
     labels[rows] = kmeans(vectors, count, seed)
-    path = output.with_suffix(".clusters.parquet")
     write_clusters(path, recorded.record[rows], labels[rows], recorded.meta["fingerprint"])
+    note_output(path)
     console.print(f"clusters {path} (give it to --clusters or data.subset.clusters)", soft_wrap=True, highlight=False)
     return labels
 

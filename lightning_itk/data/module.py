@@ -6,6 +6,7 @@ from typing import Any, get_args
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_itk.data.cache import tokenize
@@ -30,7 +31,7 @@ class InstructionDataModule(L.LightningDataModule):
     Args:
         train: A file or hub name, or several; each may be {path, teacher, weight, columns, split} (or a `Source`).
         validation: A share of the training samples (0 = none), or files like `train`.
-        test: Files like `train` for the test loop; null = the validation samples.
+        test: Files like `train` for the test loop; null = the validation samples, which a warning says.
         predict: Files of prompts for the predict loop; responses in them are ignored.
         tokenizer: Folder or hub name of the tokenizer (in Python also a loaded one); null = the student's.
         chat_template: A Jinja chat template, or a file that holds one; null = the tokenizer's own, else the Alpaca
@@ -205,7 +206,13 @@ class InstructionDataModule(L.LightningDataModule):
         return self._eval_loader("validation") if self.sources["validation"] else []
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        return self._eval_loader("test") if self.sources["test"] else self.val_dataloader()
+        """The test samples; without data.test the validation samples, which is said."""
+        if self.sources["test"]:
+            return self._eval_loader("test")
+        if not (self.validation_share or self.sources["validation"]):
+            raise DataError("test names no file, and there are no validation samples: set data.test to files")
+        rank_zero_warn("data.test names no file: the figures test/… are those of the validation samples")
+        return self.val_dataloader()
 
     def predict_dataloader(self) -> ResumableLoader:
         """Prompts in the order of their records; labels are all IGNORE_INDEX."""
@@ -231,7 +238,7 @@ class InstructionDataModule(L.LightningDataModule):
                 try:
                     self._tokenizer = load_tokenizer(self._tokenizer)
                 except ValueError as error:
-                    raise DataError(f"{self._tokenizer}: no tokenizer could be loaded: {error}") from error
+                    raise DataError(str(error)) from error
             self._encoder = ChatEncoder(self._tokenizer, self._chat_template)
         return self._encoder
 

@@ -14,8 +14,9 @@ import numpy as np
 from lightning_itk.data.packing import best_fit
 from lightning_itk.position import StepPlan
 
-_POOL_STEPS = 50  # rows are sorted by length in pools of at most this many steps,
-_MIN_POOLS = 8  # and there are at least so many pools, so that few samples still mix
+_POOL_STEPS = 64  # rows are sorted by length in pools of at most this many steps,
+_MIN_POOLS = 3  # and there are at least so many pools, so that other samples meet in every epoch
+_GROUPS_VERSION = 2  # of the two above and `_grouped_by_length`: a plan is made anew when an epoch is resumed
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class BatchSampler:
             "seed": self.seed,
             "rows": self._count,
             "tokens": int(self.lengths.sum()),
+            "version of the length groups": _GROUPS_VERSION if self.shuffle and self.pack_to is None else None,
         }
 
     def __len__(self) -> int:
@@ -171,8 +173,9 @@ def _drawn(source: MixedSource, rng: np.random.Generator) -> np.ndarray:
 
 def _grouped_by_length(samples: np.ndarray, lengths: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
     """Shuffled samples, sorted by length within pools of many steps, the full steps in random order again."""
-    pool = step * int(np.clip(len(samples) // (_MIN_POOLS * step), 1, _POOL_STEPS))
-    grouped = samples[np.lexsort((-lengths, np.arange(len(samples)) // pool))]
     full = len(samples) // step
+    pools = max(1, min(full, max(_MIN_POOLS, -(-full // _POOL_STEPS))))
+    step_of = np.minimum(np.arange(len(samples)) // step, max(full - 1, 0))  # the rest goes with the last full step
+    grouped = samples[np.lexsort((-lengths, step_of * pools // max(full, 1)))]
     shuffled = grouped[: full * step].reshape(full, step)[rng.permutation(full)]
     return np.concatenate([shuffled.ravel(), grouped[full * step :]])

@@ -30,6 +30,7 @@ from lightning_itk.data.records import (
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
 from lightning_itk.files import atomic_write
 from lightning_itk.models.generation import Generator, Response
+from lightning_itk.outputs import check_output, note_output
 
 
 class Prompt(NamedTuple):
@@ -114,6 +115,7 @@ def write_responses(
     *,
     teacher: str | None = None,
     batch_size: int = 8,
+    overwrite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Answer all prompts and write the records; continue where a killed run of the same settings stopped.
@@ -123,10 +125,11 @@ def write_responses(
         encoder: turns the prompts into token ids.
         source: where the prompts come from, for its column map.
         prompts: the prompts.
-        output: JSON Lines file to write, in the order of the prompts; it must not exist.
+        output: JSON Lines file to write, in the order of the prompts.
         settings: everything that the responses depend on, as plain JSON.
         teacher: the tag of the records; None = none.
         batch_size: prompts at once, of similar length; it belongs to the settings.
+        overwrite: replace a file that an earlier run wrote and nobody changed; any other is refused.
         progress: told how many prompts are answered.
 
     Returns:
@@ -136,8 +139,7 @@ def write_responses(
         ValueError: the output exists, cannot be written, or was begun with other settings; a prompt is too long.
     """
     output = Path(output)
-    if output.exists():
-        raise ValueError(f"{output}: exists already, remove it or name another file")
+    check_output(output, overwrite)
     ids = prompt_ids(encoder, prompts, generator)
     partial = output.with_name(output.name + ".partial")
     with _partial(partial, dict(settings)) as (file, records):
@@ -157,9 +159,11 @@ def write_responses(
             file.flush()
             progress(len(records))
     done = [records[index] for index in range(len(prompts))]
+    check_output(output, overwrite)  # again: answering took its time
     with atomic_write(output) as whole:
         for record in done:
             whole.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    note_output(output)
     partial.unlink()
     return done
 
@@ -169,12 +173,14 @@ def _partial(path: Path, settings: dict[str, Any]) -> Iterator[tuple[Any, dict[i
     """The file of an unfinished run, open to append to, and what it holds. A half-written last line is cut off."""
     header = json.dumps(settings, ensure_ascii=False).encode() + b"\n"
     records: dict[int, dict[str, Any]] = {}
+    if path.is_symlink():
+        raise ValueError(f"{path}: is a link, move it away or name another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.seek(0)
             first = file.readline()
-            if first.endswith(b"\n"):
+            if not header.startswith(first) or first == header:
                 _check_settings(path, first, settings)
                 end = file.tell()
                 for line in file:

@@ -37,6 +37,7 @@ TEACHER_STEPS, EXPERT_STEPS, STUDENT_STEPS, SUBSET_STEPS = 300, 150, 300, 200
 TEACHER_LR, STUDENT_LR = 3e-3, 6e-3
 BATCH_SIZE, QUESTIONS = 64, 150
 RANDOM_THIRDS = 3
+_MARK = "itk_quickstart.json"  # says that a quickstart made its folder
 NOISE = (
     f"Every student stage has the same steps and learning rate. This is one seed and {QUESTIONS} questions per domain, "
     "and models this small learn in leaps: the spread of the random thirds below shows how much is luck."
@@ -45,22 +46,43 @@ NOISE = (
 Figures = dict[str, dict[str, float]]  # domain -> loss, exact_match
 
 
-def quickstart(output: Path = Path("runs/quickstart"), seed: int = 0, steps_scale: float = 1.0) -> int:
+def quickstart(
+    output: Path = Path("runs/quickstart"), seed: int = 0, steps_scale: float = 1.0, overwrite: bool = False
+) -> int:
     """Train, distil and align tiny models on toy data, and say how good each became.
 
     Args:
-        output: Folder for the data, the models and the results; made if needed.
+        output: Folder for the data, the models and the results; made if needed, and new or empty.
         seed: Of the weights, the data and their order.
         steps_scale: Factor on the number of training steps; below 1 for a quick look whose figures mean nothing.
+        overwrite: Write over an earlier quickstart; a folder with anything else in it is never touched.
     """
     if not 0 < steps_scale < float("inf"):
         raise ValueError(f"steps_scale must be above 0, got {steps_scale}")
+    claim(Path(output), overwrite)
     start = time.perf_counter()
     with quiet():
         run = _Run(Path(output), seed, steps_scale)
         run.all()
     run.console.print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes.")
     return 0
+
+
+def claim(folder: Path, overwrite: bool = False) -> None:
+    """Make the folder of a quickstart and mark it as one.
+
+    Raises:
+        ValueError: it cannot be made, is an earlier quickstart's and `overwrite` is False, or is anybody else's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder")
+    if folder.is_dir() and (found := sorted(path.name for path in folder.iterdir())):
+        if _MARK not in found:
+            raise ValueError(f"{folder}: holds {found[0]}, which no quickstart wrote: name another folder")
+        if not overwrite:
+            raise ValueError(f"{folder}: exists already; --overwrite true replaces an earlier quickstart")
+    with atomic_write(folder / _MARK) as file:
+        file.write(b"{}\n")
 
 
 @dataclass
@@ -105,7 +127,7 @@ class _Run:
             self.sft(student),
             general,
             STUDENT_STEPS,
-            callbacks=[ResponseLossRecorder(str(scores))],
+            callbacks=[ResponseLossRecorder(str(scores), overwrite=True)],
         )
         table["KD on general"] = self.train(
             "KD of the student from the teacher",

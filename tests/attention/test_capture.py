@@ -474,6 +474,8 @@ def test_layer_map() -> None:
         layer_map(2, 6, [2])
     with pytest.raises(ValueError, match=r"the teacher has layers 0..5, found 6"):
         layer_map(2, 6, {0: 6})
+    with pytest.raises(ValueError, match="'every:4' takes the last of every 4 layers, and the student has 3$"):
+        layer_map(3, 3, "every:4")
     with pytest.raises(ValueError, match="no student layer"):
         layer_map(2, 6, [])
     with pytest.raises(ValueError, match="found 'some'"):

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_itk.choice import TeacherResponses, car, compatibility_adjusted_reward, rank_teachers, shift_rewards
+from lightning_itk.choice import (
+    TeacherResponses,
+    car,
+    compatibility_adjusted_reward,
+    rank_teachers,
+    shift_rewards,
+    shift_warning,
+)
 
 
 def teacher(reward, loss, tokens=None, rank=None):
@@ -42,14 +49,60 @@ def test_car_refuses(arguments, message):
 
 
 def test_shifting_is_the_same_for_all_teachers():
-    rewards = {"a": [-3.0, 1, np.nan], "b": [-1.0, 2, 0]}
+    rewards = {"a": [-3.0, 1, np.nan], "b": [-1.0, 2, 0]}  # means -1 and 1/3
     shifted = shift_rewards(rewards)
-    np.testing.assert_allclose(shifted["a"], [0, 4, np.nan])
-    np.testing.assert_allclose(shifted["b"], [2, 5, 3])
+    np.testing.assert_allclose(shifted["a"], [-2, 2, np.nan])
+    np.testing.assert_allclose(shifted["b"], [0, 3, 1])
     np.testing.assert_allclose(shift_rewards(rewards, 10)["b"], [9, 12, 10])
-    np.testing.assert_allclose(shift_rewards({"a": [1.0]})["a"], [1])
+    np.testing.assert_allclose(shift_rewards({"a": [-1.0, 3], "b": [np.nan, np.nan]})["a"], [-1, 3])
     with pytest.raises(ValueError, match="teacher 'b': the reward of prompt 1 is infinite"):
         shift_rewards({"a": [1.0, 2], "b": [0.0, -np.inf]})
+
+
+def noisy(reward: float, loss: float, seed: int) -> TeacherResponses:
+    random = np.random.default_rng(seed)
+    return teacher(random.normal(reward, 0.5, 500), np.abs(random.normal(loss, 0.1, 500)))
+
+
+def test_one_outlier_does_not_choose_the_teacher():
+    right, wrong = noisy(5, 1, seed=0), noisy(1, 0.2, seed=1)  # CAR 1.25 and 0.62
+    np.put(right.reward, 7, -40)
+    ranking = rank_teachers({"wrong": wrong, "right": right}, shift="auto")
+    assert [row.teacher for row in ranking] == ["right", "wrong"]
+    assert ranking[0].best > 0.99
+    assert ranking[0].shift == 0
+    assert shift_warning(ranking) is None
+    # What used to be: everything moved by the lowest reward, and the loss alone decided.
+    inverted = rank_teachers({"wrong": wrong, "right": right}, shift=40)
+    assert inverted[0].teacher == "wrong"
+    assert shift_warning(inverted) == "the shift of 40 decides the ranking: without it CAR ranks right, wrong"
+
+
+def test_auto_brings_the_lowest_mean_to_zero_in_every_resampling():
+    teachers = {"low": noisy(-2, 1, 0), "far": noisy(2, 6, 1), "near": noisy(1, 0.2, 2)}
+    ranking = rank_teachers(teachers, shift="auto")
+    assert [row.teacher for row in ranking] == ["near", "far", "low"]
+    shift = -np.mean(teachers["low"].reward)
+    assert ranking[0].shift == pytest.approx(shift)
+    assert ranking[0].reward == pytest.approx(np.mean(teachers["near"].reward) + shift)
+    low = ranking[2]
+    assert (low.reward, low.car, low.interval, low.best) == (0, 0, (0, 0), 0)  # of a fixed shift it would be 0 ± 0.01
+    assert ranking[0].unshifted_car is None
+    assert shift_warning(ranking) == (
+        f"the shift of {shift:.4g} decides the ranking: without it CAR is not defined for negative means, "
+        "and the mean reward alone ranks far, near, low"
+    )
+    two = rank_teachers({name: teachers[name] for name in ("low", "far")}, shift="auto")
+    assert shift_warning(two) is None  # the lowest is at 0 whatever its loss: two teachers stand by mean reward
+
+
+def test_a_shift_that_turns_nothing_is_not_warned_of():
+    ranking = rank_teachers({"a": noisy(5, 1, 0), "b": noisy(1, 1, 1)}, shift=3)
+    assert ranking[0].shift == 3
+    assert ranking[0].unshifted_car == pytest.approx((ranking[0].reward - 3) / (1 + 3 * ranking[0].loss))
+    assert shift_warning(ranking) is None
+    equal = rank_teachers({"a": noisy(0.1, 1, 0), "b": noisy(0.1, 1, 0)}, shift=0.7, negative="allow")
+    assert shift_warning(equal) is None
 
 
 def test_ranking_shows_car_beside_its_rivals():
@@ -126,7 +179,7 @@ def test_negative_rewards_need_a_word():
     low = {"a": teacher([-1.0, 3], [1.0, 1]), "b": teacher([1.0, 1], [2.0, 2])}
     with pytest.raises(ValueError, match="teacher 'a' has a negative reward .-1., with which a higher loss raises CAR"):
         rank_teachers(low)
-    assert rank_teachers(low, shift="auto")[0].reward == 2
+    assert rank_teachers(low, shift="auto")[0].reward == 1
     assert rank_teachers(low, shift=1.0)[0].reward == 2
     assert rank_teachers(low, negative="allow")[0].reward == 1
     with pytest.raises(ValueError, match="negative mean reward"):

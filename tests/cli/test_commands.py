@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import RECORDS, choose, generate, lines, refused, responses, select
 from tiny import byte_tokenizer, ragged_samples, reward_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,44 +30,7 @@ from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.sources import Source
 from lightning_itk.models.loading import LoRA
 from lightning_itk.selection import clusters
-from lightning_itk.selection.scores import write_scores
 from lightning_itk.toy import world as toy
-
-RECORDS = [
-    {"instruction": f"Frage {i} ä", "context": "", "response": "x" * (1 + i), "kind": "ab"[i % 2]} for i in range(40)
-]
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def refused(capsys, *args: str) -> str:
-    """The one line on stderr of a command that must fail."""
-    capsys.readouterr()
-    assert cli.main(list(map(str, args))) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("lightning-itk: error: ")
-    return line
-
-
-@pytest.fixture
-def scored(tmp_path: Path) -> Path:
-    """data.jsonl with 40 records, and scores of all but two; record i has LP_app 1 - exp(-i / 40)."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + " \n" for r in RECORDS))
-    record = np.array([i for i in range(40) if i not in (7, 8)])
-    losses = np.stack([np.full(38, 2.0), 2.0 - record / 40])
-    tokens = record + 2
-    losses[:, 0], tokens[0] = np.nan, 0
-    fingerprint = index_records([Source(str(tmp_path / "data.jsonl"))]).fingerprint
-    meta = {"fingerprint": fingerprint, "model": "opt-350m"}
-    write_scores(tmp_path / "scores.parquet", record, tokens, losses, meta)
-    return tmp_path
-
-
-def select(folder: Path, *more: str) -> list[str]:
-    return ["select", "--scores", f"{folder}/scores.parquet", "--data", f"{folder}/data.jsonl",
-            "--output", f"{folder}/out/chosen.jsonl", *map(str, more)]  # fmt: skip
 
 
 def test_fingerprint_is_the_data_modules(tmp_path):
@@ -109,7 +73,8 @@ def test_select_by(scored, options, expected):
 def test_select_random_depends_on_the_seed(scored):
     found = []
     for seed in (0, 0, 1):
-        assert cli.main(select(scored, "--metric", "random", "--fraction", 0.5, "--seed", seed)) == 0
+        more = ("--metric", "random", "--fraction", 0.5, "--seed", seed, "--overwrite", "true")
+        assert cli.main(select(scored, *more)) == 0
         found.append(lines(scored / "out" / "chosen.jsonl"))
     assert found[0] == found[1] != found[2]
     assert len(found[2]) == round(0.5 * 37)
@@ -131,7 +96,7 @@ def test_select_makes_clusters_and_keeps_them(scored, monkeypatch, count):
     first = lines(scored / "out" / "chosen.jsonl")
     assert len(first) == round(0.3 * 37)
     kept = scored / "out" / "chosen.clusters.parquet"
-    assert cli.main(select(scored, "--clusters", kept, "--fraction", 0.3)) == 0
+    assert cli.main(select(scored, "--clusters", kept, "--fraction", 0.3, "--overwrite", "true")) == 0
     assert lines(scored / "out" / "chosen.jsonl") == first
 
 
@@ -165,17 +130,6 @@ def test_select_refuses(scored, capsys):
     assert len(lines(scored / "data.jsonl")) == 40
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(5)))
-    return tmp_path
-
-
-def generate(model: str, folder: Path, *more: str) -> list[str]:
-    return ["generate", "--model", model, "--prompts", f"{folder}/prompts.jsonl", "--output", f"{folder}/out.jsonl",
-            "--max_new_tokens", "4", "--batch_size", "2", "--device", "cpu", *map(str, more)]  # fmt: skip
-
-
 def test_generate(model_folder, prompts, capsys):
     model = model_folder("llama", 3, initializer_range=0.5)
     assert cli.main(generate(model, prompts, "--limit", "3", "--teacher", "big")) == 0
@@ -203,19 +157,6 @@ def test_generate_refuses(model_folder, prompts, capsys):
     assert "prompts.jsonl line 1: no prompt" in refused(capsys, *generate(model, prompts))
 
 
-def responses(path: Path, answers: list[str], rewards: list[float] | None = None, order=None) -> Path:
-    rows = [{"prompt": f"p{i}", "response": answer} for i, answer in enumerate(answers)]
-    for row, reward in zip(rows, rewards or [], strict=False):
-        row["reward"] = reward
-    path.write_text("".join(json.dumps(rows[i]) + "\n" for i in order or range(len(rows))))
-    return path
-
-
-def choose(student: str, *more: str, **files: Path) -> list[str]:
-    named = [part for name, path in files.items() for part in (f"--candidates.{name}", str(path))]
-    return ["choose-teacher", "--student", student, *named, "--device", "cpu", "--resamples", "200", *map(str, more)]
-
-
 def test_choose_teacher_matches_prompts_and_saves_the_table(model_folder, tmp_path, capsys):
     student = model_folder("llama", 3, initializer_range=0.5)
     answers = ["ab", "cde", "f", "gh"]
@@ -233,6 +174,10 @@ def test_choose_teacher_matches_prompts_and_saves_the_table(model_folder, tmp_pa
         assert row["car"] == pytest.approx(reward / (1 + 3 * row["loss"]))
     assert table["beta"] == 3.0
     assert table["rewards"] == "column reward"
+    assert table["verdicts"] == [
+        "c is the best teacher for this student by CAR",
+        "a cannot be told apart from b",
+    ]
 
 
 def test_choose_teacher_with_a_reward_model(model_folder, tmp_path):
@@ -246,7 +191,7 @@ def test_choose_teacher_with_a_reward_model(model_folder, tmp_path):
     numbers = [i % 4 for i in range(8)]
     turns = [[("user", f"p{n}"), turn[1]] for n, turn in zip(numbers, turns, strict=True)]
     rewards = RewardModel(judge)([[{"role": r, "content": c} for r, c in turn] for turn in turns])
-    shift = max(0, -rewards.min())
+    shift = max(0, -rewards[:4].mean(), -rewards[4:].mean())
     assert rows["a"]["reward"] == pytest.approx(rewards[:4].mean() + shift, abs=1e-5)
     assert rows["b"]["reward"] == pytest.approx(rewards[4:].mean() + shift, abs=1e-5)
 
@@ -300,6 +245,19 @@ def test_choose_teacher_handles_what_it_is_told_to(model_folder, tmp_path, capsy
     b = responses(tmp_path / "b.jsonl", ["ab", "cd", "f", "gh"], [1, 2, 3, 30])
     assert cli.main(choose(student, "--missing", "drop", "--shift", "9", a=a, b=b)) == 0
     assert cli.main(choose(student, "--missing", "drop", "--shift", "auto", a=a, b=b)) == 0
+    capsys.readouterr()
+    short = responses(tmp_path / "short.jsonl", ["ab", "cd", "f", "gh"], [-0.5] * 4)  # has the higher loss
+    long = responses(tmp_path / "long.jsonl", ["xyxy" * 5, "qzq" * 5, "vkw" * 5, "jjx" * 5], [-1] * 4)
+    more = ("--shift", "1e6", "--output", tmp_path / "table.json")
+    assert cli.main(choose(student, *more, short=short, long=long)) == 0
+    warning = (
+        "the shift of 1e+06 decides the ranking: without it CAR is not defined for negative means, "
+        "and the mean reward alone ranks short, long"
+    )
+    said = capsys.readouterr().out
+    assert warning in said.splitlines()
+    assert "4 instructions, rewards + 1e+06" in said
+    assert json.loads((tmp_path / "table.json").read_text())["verdicts"][-1] == warning
 
 
 def teach(model, encoder: ChatEncoder, pairs: list[tuple[str, str]], steps: int) -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 
-from lightning_itk.cli.fit import InstructionCLI
+from lightning_itk.cli.fit import InstructionCLI, TrainingBar
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -41,3 +42,15 @@ def test_interpolation(tmp_path):
         "data: {train: '${model.init_args.student}/train.jsonl'}\n"
     )
     assert ParseOnly.start(["fit", "--config", str(path)]).config.fit.data.train == "here/train.jsonl"
+
+
+@pytest.mark.parametrize(("steps", "epochs", "text"), [(10, -1, "Epoch 1"), (-1, 3, "Epoch 1/2")])
+def test_the_bar_counts_epochs_and_batches(steps, epochs, text):
+    bar = TrainingBar()
+    limits = {"max_steps": steps, "max_epochs": epochs, "accumulate_grad_batches": 4}
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[bar], **limits)
+    bar.setup(trainer, L.LightningModule(), "fit")
+    assert bar._get_train_description(1).strip() == text  # Lightning's says 1/-2
+    for batches, total in ((30, 30), (80, 40 if steps == 10 else 80)):  # Lightning's: 10 batches for 10 steps
+        trainer.fit_loop.max_batches = batches
+        assert bar.total_train_batches == total

@@ -311,3 +311,22 @@ def test_what_frameworks_refuse_is_no_bug(here, capsys, model_folder):
         assert "val_loss" in err.splitlines()[-1]
         assert "val/response_loss" in err.splitlines()[-1]
         assert "bug" not in err
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])  # for the latter, transformers makes a tokenizer of one token
+def test_a_folder_without_a_tokenizer_is_one_line(arch, here, capsys, model_folder):
+    tiny_model(arch).save_pretrained(here / "student")
+    (here / "c.yaml").write_text(config("./student"))
+    line = error_of(capsys, "fit", "--config", "c.yaml")
+    assert line.endswith("folder './student' holds no tokenizer: save one there, or name another in data.tokenizer")
+    more = ("--data.tokenizer", model_folder("llama"), "--trainer.max_steps", "1")
+    code, _, err = run(capsys, "fit", "--config", "c.yaml", *more)
+    assert code == 0, err
+
+
+def test_figures_of_validation_samples_are_not_passed_off_as_test(here, capsys, model_folder):
+    (here / "c.yaml").write_text(config(model_folder("llama")))
+    with pytest.warns(UserWarning, match=r"^data\.test names no file: the figures test/… are those of the validation"):
+        assert run(capsys, "test", "--config", "c.yaml")[0] == 0
+    line = error_of(capsys, "test", "--config", "c.yaml", "--data.validation", "0")
+    assert line.endswith("test names no file, and there are no validation samples: set data.test to files")

@@ -237,3 +237,23 @@ def test_lightning_resumes_from_the_end_of_an_epoch(tmp_path: Path, samples: Sam
             resumed = fit(tmp_path / "cut", samples, accumulate=2, val=val, every=None, resume=str(path))
             assert resumed.seen == whole.seen[len(whole.seen) - len(resumed.seen) :], path
             assert resumed.weight.equal(whole.weight), path
+
+
+def test_a_position_in_a_plan_of_older_length_groups_is_refused(samples: SampleSet) -> None:
+    """The plan is made anew when a run resumes, so it must be made by the same rule."""
+
+    def loader(**options: Any) -> ResumableLoader:
+        return ResumableLoader(samples, BatchSampler(samples.lengths, batch_size=2, **options), pad_id=0)
+
+    for options in ({}, {"shuffle": False}, {"pack_to": 100}):  # only the first is grouped by length
+        batches = iter(loader(**options))
+        state = {"epoch": 0, "batches": 3, "plan": loader(**options).sampler.signature()}
+        expected = [next(batches)["sample_ids"].tolist() for _ in range(4)][3]
+        del state["plan"]["version of the length groups"]  # as it used to be
+        resumed = loader(**options)
+        resumed.load_state_dict(state)
+        if options:
+            assert next(iter(resumed))["sample_ids"].tolist() == expected
+        else:
+            with pytest.raises(ValueError, match=r"in the middle of an epoch with version of the length groups = None"):
+                next(iter(resumed))

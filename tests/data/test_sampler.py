@@ -1,7 +1,13 @@
+import gzip
+import json
 from collections import Counter
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lightning_itk.data.sampler import BatchSampler, MixedSource, Rows
 
@@ -94,6 +100,61 @@ def test_length_groups_save_padding_and_stay_random() -> None:
     assert real / padded > 0.95
     correlation = np.corrcoef(means[:-1], means[1:])[0, 1]
     assert abs(correlation) < 0.1  # neighbouring steps have nothing to do with each other
+
+
+def plan(lengths: np.ndarray, epoch: int = 0, **options) -> list[np.ndarray]:
+    """The samples of each micro-batch of 8."""
+    sampler = BatchSampler(lengths, batch_size=8, **options)
+    sampler.set_epoch(epoch)
+    return [np.concatenate(batch) for batch in sampler]
+
+
+def transformers_plan(lengths: np.ndarray, seed: int) -> list[np.ndarray]:
+    order = get_length_grouped_indices(lengths.tolist(), 8, generator=torch.Generator().manual_seed(seed))
+    return [np.array(order[start : start + 8]) for start in range(0, len(order), 8)]
+
+
+def fill(batches: list[np.ndarray], lengths: np.ndarray) -> float:
+    """Real tokens over slots."""
+    return sum(lengths[b].sum() for b in batches) / sum(len(b) * lengths[b].max() for b in batches)
+
+
+def check_fill(lengths: np.ndarray) -> None:
+    """At least that of transformers' group_by_length, mean over five sets and seeds."""
+    for count in (40, 96, 100, 320, 1000, 3000):
+        sets = [np.random.default_rng(seed).permutation(lengths)[:count] for seed in range(5)]
+        ours = np.mean([fill(plan(some, seed=seed), some) for seed, some in enumerate(sets)])
+        theirs = np.mean([fill(transformers_plan(some, seed), some) for seed, some in enumerate(sets)])
+        assert ours >= theirs, (count, ours, theirs)
+
+
+def test_as_little_padding_as_in_transformers() -> None:
+    check_fill(np.random.default_rng(0).lognormal(5, 1, 12_000).clip(4, 2048).astype(int))
+
+
+@pytest.mark.real_data
+def test_as_little_padding_as_in_transformers_on_dolly(real_data: Path) -> None:
+    with gzip.open(real_data / "dolly-15k.jsonl.gz", "rt", encoding="utf-8") as file:
+        records = map(json.loads, file)
+        texts = (record["instruction"] + record["context"] + record["response"] for record in records)
+        check_fill(np.array([len(text) // 4 + 20 for text in texts]))
+
+
+@pytest.mark.parametrize(("count", "most"), [(96, 0.3), (320, 0.25), (3000, 0.15)])
+def test_other_samples_meet_in_every_epoch(count: int, most: float) -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 1, count).astype(int)
+    epochs = [{pair for b in plan(lengths, epoch) for pair in combinations(sorted(b), 2)} for epoch in range(6)]
+    again = [len(one & other) / len(one) for one, other in combinations(epochs, 2)]
+    assert max(again) < most, again
+    partners = Counter(sample for pair in set().union(*epochs) for sample in pair)
+    assert min(partners[sample] for sample in range(count)) > 14  # one epoch gives 7
+
+
+def test_a_checkpoint_of_older_length_groups_is_told_apart() -> None:
+    name = "version of the length groups"
+    assert BatchSampler(LENGTHS, batch_size=4).signature()[name] == 2
+    assert BatchSampler(LENGTHS, batch_size=4, shuffle=False).signature()[name] is None  # the same plans as ever
+    assert BatchSampler(LENGTHS, batch_size=4, pack_to=256).signature()[name] is None
 
 
 def test_packs_hold_what_fits() -> None:
