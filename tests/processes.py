@@ -6,8 +6,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+PRELOAD = ["lightning_itk", "lightning_itk.toy.world", "tiny"]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning_itk", "lightning_itk.toy.world", "tiny"])
+CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def enter(function: Callable[..., None], args: tuple[Any, ...], env: dict[str, str]) -> None:

@@ -29,7 +29,7 @@ class Arm:
         size: of the student.
         records: of the training file.
         cached: more records, for validation, that only take time to tokenize.
-        epochs: of training.
+        validate: micro-batches on a rank between two validations.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Arm:
     size: dict[str, Any] = field(default_factory=lambda: SMALL)
     records: int = 301
     cached: int = 0
-    epochs: int = 2
+    validate: int = 20
 
     @property
     def ranks(self) -> int:
@@ -75,8 +75,8 @@ class Arm:
             sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
             strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": sizes}
         saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": self.saving}
-        trainer = {"accelerator": "cpu", "devices": self.ranks, "strategy": strategy, "max_epochs": self.epochs}
-        trainer |= {"accumulate_grad_batches": 3, "val_check_interval": 20 // self.ranks, "limit_val_batches": 4}
+        trainer = {"accelerator": "cpu", "devices": self.ranks, "strategy": strategy, "max_epochs": 2}
+        trainer |= {"accumulate_grad_batches": 3, "val_check_interval": self.validate // self.ranks, "limit_val_batches": 4}
         trainer |= {"num_sanity_val_steps": 0, "enable_progress_bar": False, "log_every_n_steps": 1}
         trainer["callbacks"] = [{"class_path": "chaos.run.Trace"}, saving]
         data = {"train": str(folder / "train.jsonl"), "cache_dir": "cache", "packing": self.packing}

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from processes import CONTEXT, enter, environments
+from processes import CONTEXT, PRELOAD, enter, environments
 
 from chaos.arms import Arm
 from chaos.run import fit
 
 # A child is forked from a process that has imported all this: a run starts in a second.
 CONTEXT.set_forkserver_preload(
-    ["chaos.run", "lightning_itk.cli.fit", "tiny", "transformers.models.llama.modeling_llama", "tensorboard"]
+    [*PRELOAD, "chaos.run", "lightning_itk.cli.fit", "transformers.models.llama.modeling_llama", "tensorboard"]
 )
 
 _GRACE = 5.0  # seconds for the ranks that are left when one is gone

@@ -66,7 +66,6 @@ class Trace(Callback):
 
 def fit(folder: Path, attempt: int, arguments: list[str]) -> None:
     """Train in a folder as `lightning-itk fit` does, at the head of a process group of its own; exits as it does."""
-    global journal
     os.setpgid(0, 0)
     os.chdir(folder)
     rank = os.environ.get("RANK", "0")
@@ -76,8 +75,6 @@ def fit(folder: Path, attempt: int, arguments: list[str]) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     tempfile.tempdir = None  # asks TMPDIR again, which the process that this one was forked from did not have
-    journal = Journal(f"journal-{attempt:02}-{rank}.jsonl")
-    journal.phase("start")
     prepare_data = InstructionDataModule.prepare_data
 
     def told(self: InstructionDataModule) -> None:
@@ -86,4 +83,12 @@ def fit(folder: Path, attempt: int, arguments: list[str]) -> None:
         journal.phase("start")
 
     InstructionDataModule.prepare_data = told  # type: ignore[method-assign]
-    sys.exit(main(["fit", *arguments]))
+    sys.exit(train(attempt, int(rank), arguments))
+
+
+def train(attempt: int, rank: int, arguments: list[str]) -> int:
+    """`lightning-itk fit` in this process and folder, with a journal; its exit code."""
+    global journal
+    journal = Journal(f"journal-{attempt:02}-{rank}.jsonl")
+    journal.phase("start")
+    return main(["fit", *arguments])
