@@ -89,7 +89,8 @@ def kill_until_the_end(reference: Reference, folder: Path, temporary: Path, rng:
         if outcome.killed is not None:
             chain.kills.append(outcome.killed)
             chain.survivors += [outcome.survivors] if outcome.survivors else []
-            chain.unusable += [f"{path} after a kill in {outcome.killed}" for path in unusable(folder)]
+            new = [path for path in map(str, unusable(folder)) if not any(path in known for known in chain.unusable)]
+            chain.unusable += [f"{path} after a kill in phase {outcome.killed}" for path in new]
         elif outcome.error:
             chain.problems.append(outcome.error)
             broken = unusable(folder)

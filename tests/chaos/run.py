@@ -38,7 +38,7 @@ journal = Journal(os.devnull)
 
 
 class Trace(Callback):
-    """Writes the phases, every micro-batch's samples and loss and every validation's loss; the weights at the end."""
+    """Writes the phases, samples and loss of every micro-batch, every validation and end of an epoch; the weights."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         journal.phase("train")
@@ -53,6 +53,9 @@ class Trace(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
         journal.write(at=["validation", trainer.fit_loop.epoch_loop.batch_progress.total.ready], loss=loss)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        journal.write(at=["end of epoch", trainer.current_epoch])
 
     def on_save_checkpoint(self, *_: Any) -> None:
         journal.phase("save")  # until the next batch: removing an older checkpoint belongs to it
