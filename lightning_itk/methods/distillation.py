@@ -163,7 +163,7 @@ class DistillationModule(InstructionModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
+        for name in [name for name in checkpoint.get("state_dict", {}) if name.startswith("teacher.")]:
             del checkpoint["state_dict"][name]  # version 0.1 let the head of a tied teacher in
 
     def evaluate(self, batch: Batch) -> dict[str, Term]:

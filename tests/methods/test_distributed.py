@@ -74,11 +74,12 @@ def fit(setup: str, data: str, folder, name: str, **options) -> torch.Tensor:
     return result["weights"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_resume_in_the_middle_of_an_epoch(strategy, tmp_path):
+@pytest.mark.parametrize(("strategy", "method"), [("ddp", "sft"), ("fsdp2", "sft"), ("fsdp2", "kd")])
+def test_two_ranks_resume_in_the_middle_of_an_epoch(strategy, method, tmp_path):
     data = runs.write_records(tmp_path)
-    whole = fit(strategy, data, tmp_path, "whole", dropout=0.1)
-    resumed = fit(strategy, data, tmp_path, "resumed", dropout=0.1, ckpt=tmp_path / "whole" / "step=3.ckpt")
+    whole = fit(strategy, data, tmp_path, "whole", method=method, dropout=0.1)
+    checkpoint = tmp_path / "whole" / "step=3.ckpt"
+    resumed = fit(strategy, data, tmp_path, "resumed", method=method, dropout=0.1, ckpt=checkpoint)
     assert resumed.equal(whole)
 
 
