@@ -83,20 +83,43 @@ class Numbered(ModelCheckpoint):
         return f"{self.saves:03}"
 
 
-def train_windows(data: str, folder: Path, output: Path, when: str, resume: Path | None = None) -> None:
+class Seen(Callback):
+    """What came after which micro-batch, as a part of the checkpoints: a resumed run goes on with it."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        self.seen[f"validation after {batches}"] = float(trainer.callback_metrics["val/loss"])
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.seen[f"end of epoch {trainer.current_epoch}"] = float(trainer.global_step)
+
+    def state_dict(self) -> dict[str, float]:
+        return self.seen
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.seen = state_dict
+
+
+def train_windows(
+    data: str, folder: Path, output: Path, when: str, resume: Path | None = None, interval: int = 7
+) -> None:
     """Two epochs with dropout, accumulation, a schedule and validation inside the epoch; saves that meet no window."""
     L.seed_everything(0)
     options = {"max_length": 96, "batch_size": 2, "num_proc": 1, "cache_dir": str(folder / "cache")}
     saving = {"validation": {"every_n_epochs": 1}, "time": {"train_time_interval": timedelta(0)}}[when]
+    seen = Seen()
     callback = Numbered(folder / ("resumed" if resume else "saved"), save_top_k=-1, **saving)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=2,
         accumulate_grad_batches=3,
-        val_check_interval=7,
+        val_check_interval=interval,
         num_sanity_val_steps=0,
         logger=False,
-        callbacks=[callback],
+        callbacks=[seen, callback],
         enable_progress_bar=False,
         enable_model_summary=False,
         deterministic=True,
@@ -107,7 +130,10 @@ def train_windows(data: str, folder: Path, output: Path, when: str, resume: Path
     )
     datamodule = itk.InstructionDataModule(data, tokenizer=byte_tokenizer(), **options)
     trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-    torch.save({"weights": model.state_dict(), "step": trainer.global_step}, output)
+    logged = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of the logs
+    torch.save(
+        {"weights": model.state_dict(), "step": trainer.global_step, "logged": logged, "seen": seen.seen}, output
+    )
 
 
 def record(data: str, folder: Path, kill_after: int = 0, options: dict | None = None) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from lightning_itk.methods.restart import Restart
 from lightning_itk.models.checkpoint import rng_state, rng_states, set_rng_state
 from lightning_itk.position import regroup, rewind
 from lightning_itk.trainer import datamodule, replica
@@ -16,6 +17,7 @@ class ResumePoint:
     def __init__(self) -> None:
         self._window: dict[str, Tensor] = {}
         self._loaded: list[dict[str, Tensor]] | None = None
+        self._restart = Restart()
 
     def begin_window(self) -> None:
         """Remember where an accumulation window began: a checkpoint within it goes back there."""
@@ -26,6 +28,7 @@ class ResumePoint:
         checkpoint["rng_states"] = rng_states(self._window if begun else rng_state(), trainer.world_size)
         if begun:
             rewind(checkpoint, begun)
+        self._restart.save(checkpoint, rewound=begun > 0)
 
     def load(self, trainer: L.Trainer | None, checkpoint: dict[str, Any]) -> None:
         """Note the random states; count batches as this run does.
@@ -34,6 +37,7 @@ class ResumePoint:
             ValueError: the checkpoint stands in the middle of an epoch whose steps have other rows than this run's.
         """
         self._loaded = checkpoint.get("rng_states")
+        self._restart.load(checkpoint)
         if trainer is not None and trainer.state.fn == "fit" and (size := datamodule(trainer).batch_size):
             accumulate, ranks = trainer.accumulate_grad_batches, replica(trainer).total
             regroup(checkpoint, batch_size=size, accumulate=accumulate, ranks=ranks)
@@ -44,6 +48,7 @@ class ResumePoint:
             return
         set_rng_state(self._loaded, trainer.global_rank)
         self._loaded = None
+        self._restart.apply(trainer)
         for callback in trainer.checkpoint_callbacks:
             # Lightning forgets which step it saved last and would save it again after the next micro-batch: a
             # checkpoint inside an accumulation window, whose gradients nobody has.

@@ -44,16 +44,29 @@ def test_killed_runs_end_with_the_same_weights(method, kills, data, uninterrupte
         assert not [name for name in expected["weights"] if "teacher" in name]
 
 
-@pytest.mark.parametrize("when", ["validation", "time"])
-def test_checkpoints_inside_an_accumulation_window_resume_to_the_bit(when, data, tmp_path):
-    """Validation every 7 of 21 micro-batches, accumulated by 3; by time: after each of them."""
-    runs.train_windows(data, tmp_path, tmp_path / "whole.pt", when)
+SAVED = {  # when, micro-batches between two validations -> how many checkpoints there are, and which are resumed
+    ("validation", 7): (6, slice(None)),
+    ("time", 7): (42, slice(0, None, 5)),
+    ("time", 6): (42, slice(5, None, 15)),
+}
+
+
+@pytest.mark.parametrize(("when", "interval"), SAVED)
+def test_a_checkpoint_resumes_to_the_bit_wherever_it_was_written(when, interval, data, tmp_path):
+    """After a validation, or by time after any micro-batch: inside an accumulation window, before a validation that is
+    due (interval 6: the first of them), before the end of an epoch with a validation (7) and without one (6)."""
+    runs.train_windows(data, tmp_path, tmp_path / "whole.pt", when, None, interval)
     expected = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert [name for name in expected["seen"] if "end of" in name] == ["end of epoch 0", "end of epoch 1"]
+    assert len(expected["seen"]) == 8
     checkpoints = sorted(tmp_path.glob("saved/*.ckpt"))
-    assert len(checkpoints) >= {"validation": 6, "time": 40}[when]
-    for checkpoint in checkpoints[:: {"validation": 1, "time": 5}[when]]:
-        runs.train_windows(data, tmp_path, tmp_path / "resumed.pt", when, checkpoint)
+    count, chosen = SAVED[when, interval]
+    assert len(checkpoints) >= count
+    for checkpoint in checkpoints[chosen]:
+        runs.train_windows(data, tmp_path, tmp_path / "resumed.pt", when, checkpoint, interval)
         result = torch.load(tmp_path / "resumed.pt", weights_only=True)
         assert result["step"] == expected["step"] == 14
+        assert result["seen"] == expected["seen"], checkpoint.name
+        assert result["logged"] == expected["logged"], checkpoint.name
         for name, weight in expected["weights"].items():
             assert weight.equal(result["weights"][name]), (checkpoint.name, name)

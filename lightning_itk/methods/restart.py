@@ -1,0 +1,47 @@
+"""What a resumed run still owes the micro-batch after which its checkpoint was written: a validation, an epoch's end."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+
+
+class Restart:
+    """Lets Lightning's loops go on after a micro-batch as if there had been no stop.
+
+    A checkpoint that is written at the end of a micro-batch comes before the validation that is due after it and before
+    the end of an epoch whose last one it was. Lightning goes on with the next micro-batch, so that both are lost: the
+    best model, early stopping and scores files miss them.
+    """
+
+    def __init__(self) -> None:
+        self._owes = self._rewound = False
+
+    def save(self, checkpoint: dict[str, Any], rewound: bool) -> None:
+        """Note whether a checkpoint went back to the beginning of its accumulation window."""
+        checkpoint["rewound"] = rewound
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """See where a checkpoint stands, before Lightning's loops read it; its count of ended batches is changed."""
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if progress is None:
+            return
+        counts = progress["current"]
+        self._owes = counts["processed"] == counts["completed"] + 1
+        self._rewound = checkpoint.get("rewound", False)
+        if self._owes:  # else the fit loop would end the epoch of a last batch by itself, without its hooks
+            for counts in (progress["total"], progress["current"]):
+                counts["completed"] = counts["processed"]
+
+    def apply(self, trainer: L.Trainer) -> None:
+        """Set up what comes first; right before the first batch."""
+        loop = trainer.fit_loop.epoch_loop
+        due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if self._owes and due:
+            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION  # after none of its batches
+            loop.val_loop.batch_progress.current.reset()
+        elif self._owes:
+            loop._batches_that_stepped += 1  # the step of the logs: the batch's own end would have counted it
+        elif self._rewound and due:
+            loop._batches_that_stepped -= 1  # Lightning passes by a validation that was done, and counts that
+        self._owes = self._rewound = False
