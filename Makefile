@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test quick lint bench gpu clean
+.PHONY: help install quickstart test quick chaos lint bench gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,12 @@ test: $(INSTALLED)  ## all tests that need no GPU
 
 quick: $(INSTALLED)  ## most tests, in about a minute: none in Triton's interpreter, none with processes of its own
 	$(BIN)/python -m pytest -m 'not gpu and not interpret and not process'
+
+KILLS ?= 50
+SEED ?= 0
+
+chaos: $(INSTALLED)  ## kill training runs at random moments, resume, compare to the bit (KILLS=50 SEED=0, about ten minutes)
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""What a resumed run still owes the micro-batch after which its checkpoint was written: a validation, an epoch's end."""
+"""What a resumed run still owes the micro-batch before its checkpoint: a validation, the end of an epoch."""
 
 from typing import Any
 

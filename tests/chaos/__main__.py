@@ -3,16 +3,16 @@
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from itertools import cycle
 from pathlib import Path
 
-from processes import run
-
 from chaos.arms import ARMS
 from chaos.chain import KILLS, Reference, kill_until_the_end
 from chaos.summary import Summary
+from processes import run
 
 
 def main() -> int:
@@ -23,11 +23,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("build/chaos"), help="summary, and runs that went wrong")
     options = parser.parse_args()
     arms = [arm for arm in ARMS if options.only in arm.name]
+    if options.kills < 1:
+        parser.error(f"--kills is {options.kills}, expected 1 or more")
     if not arms:
         parser.error(f"no arm's name contains {options.only!r}; there are {', '.join(arm.name for arm in ARMS)}")
     output = options.output.resolve()
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is started is ended, as by Ctrl-C
     run(int)  # starts what all others are forked from, so that no run is measured with its imports
     rng = random.Random(options.seed)
     summary = Summary(arms, options.seed)
@@ -57,7 +60,7 @@ def main() -> int:
 
 
 def other_file_system(folder: Path) -> Path | None:
-    """Where a file that is written in TMPDIR cannot simply be renamed into `folder`; None = TMPDIR, if there is none."""
+    """Where a temporary file cannot simply be renamed into `folder`; None = TMPDIR, if there is no such place."""
     memory = Path("/dev/shm")
     usable = memory.is_dir() and memory.stat().st_dev != folder.stat().st_dev
     return memory if usable and shutil.disk_usage(memory).free > 2 << 30 else None

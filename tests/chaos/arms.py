@@ -76,8 +76,13 @@ class Arm:
             strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": sizes}
         saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": self.saving}
         trainer = {"accelerator": "cpu", "devices": self.ranks, "strategy": strategy, "max_epochs": 2}
-        trainer |= {"accumulate_grad_batches": 3, "val_check_interval": self.validate // self.ranks, "limit_val_batches": 4}
-        trainer |= {"num_sanity_val_steps": 0, "enable_progress_bar": False, "log_every_n_steps": 1}
+        trainer |= {"accumulate_grad_batches": 3, "val_check_interval": self.validate // self.ranks}
+        trainer |= {
+            "limit_val_batches": 4,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+        }
         trainer["callbacks"] = [{"class_path": "chaos.run.Trace"}, saving]
         data = {"train": str(folder / "train.jsonl"), "cache_dir": "cache", "packing": self.packing}
         data |= {"validation": str(folder / "validation.jsonl") if self.cached else 0.1}
@@ -104,17 +109,17 @@ def _write_records(path: Path, count: int) -> None:
 
 ARMS = [
     Arm("sft", records=601),
-    Arm("sft packed, saves by time", packing=True, saving=CLOCK, records=1201),
+    Arm("sft packed, by time", packing=True, saving=CLOCK, records=1201),
     Arm("sft, large saves", size=LARGE, records=76),
     Arm("sft, large cache", cached=40_000, records=301),
     Arm("kd + attention", "kd", records=301),
     Arm("kd + attention packed", "kd", packing=True, records=451),
-    Arm("dae + attention, saves by time", "dae", saving=CLOCK, records=301),
+    Arm("dae + attention, by time", "dae", saving=CLOCK, records=301),
     Arm("dae + attention packed", "dae", packing=True, saving=VALIDATION, records=451),
     Arm("sft ddp, large saves", strategy="ddp", size=LARGE, records=76),
     Arm("kd + attention packed ddp", "kd", packing=True, strategy="ddp", records=601),
     Arm("dae + attention ddp", "dae", strategy="ddp", records=301),
     Arm("sft fsdp2, large saves", strategy="fsdp2", size=LARGE, records=76),
     Arm("kd + attention fsdp2", "kd", strategy="fsdp2", records=151),
-    Arm("dae + attention packed fsdp2, saves by time", "dae", packing=True, strategy="fsdp2", saving=CLOCK, records=301),
+    Arm("dae + attention packed fsdp2, by time", "dae", packing=True, strategy="fsdp2", saving=CLOCK, records=301),
 ]

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from processes import CONTEXT, PRELOAD, enter, environments
-
 from chaos.arms import Arm
 from chaos.run import fit
+from processes import CONTEXT, PRELOAD, enter, environments
 
 # A child is forked from a process that has imported all this: a run starts in a second.
 CONTEXT.set_forkserver_preload(

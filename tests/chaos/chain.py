@@ -108,7 +108,7 @@ def kill_until_the_end(reference: Reference, folder: Path, temporary: Path, rng:
 
 
 def moment(reference: Reference, rng: random.Random, fresh: bool) -> Kill:
-    """When to kill next: anywhere in the run, in a save, or (`fresh`: before any checkpoint) while tokens are cached."""
+    """When to kill next: anywhere, in a save, or (`fresh`: before any checkpoint) while tokens are cached."""
     first = rng.randrange(reference.arm.ranks) if reference.arm.ranks > 1 and rng.random() < 0.4 else None
     kind = rng.random()
     if fresh and reference.arm.cached and kind < 0.6:

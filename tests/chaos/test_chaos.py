@@ -3,12 +3,9 @@
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import checkpoint as sharded
-
 from chaos import run
 from chaos.arms import Arm
 from chaos.attempt import Kill
@@ -16,6 +13,7 @@ from chaos.chain import Reference, kill_until_the_end
 from chaos.compare import differences
 from chaos.remains import leftovers, unusable
 from chaos.summary import Summary
+from torch.distributed import checkpoint as sharded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),  # a test that resumes writes to a folder of its own
