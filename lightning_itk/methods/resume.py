@@ -37,8 +37,10 @@ class ResumePoint:
             ValueError: the checkpoint stands in the middle of an epoch whose steps have other rows than this run's.
         """
         self._loaded = checkpoint.get("rng_states")
+        if trainer is None or trainer.state.fn != "fit":
+            return
         self._restart.load(checkpoint)
-        if trainer is not None and trainer.state.fn == "fit" and (size := datamodule(trainer).batch_size):
+        if size := datamodule(trainer).batch_size:
             accumulate, ranks = trainer.accumulate_grad_batches, replica(trainer).total
             regroup(checkpoint, batch_size=size, accumulate=accumulate, ranks=ranks)
 

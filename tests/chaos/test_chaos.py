@@ -113,8 +113,7 @@ def test_a_short_chain_of_kills(tmp_path, monkeypatch):
     chain = kill_until_the_end(reference, tmp_path / "killed", tmp_path / "tmp", random.Random(0), most=3)
     summary = Summary([reference.arm], 0)
     assert "identical" in summary.add(chain), chain
-    assert chain.kills == ["save", "train", "validate"]
-    assert chain.resumes == 3
+    assert len(chain.kills) == chain.resumes == 3  # a busy machine kills a moment later, in another phase
     assert not summary.failed
     assert json.loads(summary.json())["kills"] == summary.kills == 3
     chain.problems.append("weights differ")
