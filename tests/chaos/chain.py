@@ -111,7 +111,7 @@ def moment(reference: Reference, rng: random.Random, fresh: bool) -> Kill:
     """When to kill next: anywhere, in a save, or (`fresh`: before any checkpoint) while tokens are cached."""
     first = rng.randrange(reference.arm.ranks) if reference.arm.ranks > 1 and rng.random() < 0.4 else None
     kind = rng.random()
-    if fresh and reference.arm.cached and kind < 0.6:
+    if fresh and reference.arm.cached and kind < 0.7:
         return Kill(rng.uniform(0, 1.1 * reference.lasts["cache"]), "cache", 1, first)
     if kind < 0.5:
         which = rng.randint(1, min(4, reference.times["save"]))
