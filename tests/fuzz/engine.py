@@ -151,8 +151,8 @@ def _where(error: BaseException) -> str:
         return _where(error.exceptions[0])
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_ROOT)]
     place = f"{Path(frames[-1].filename).relative_to(_ROOT)}:{frames[-1].lineno}" if frames else "?"
-    said = re.sub(r"[-+\d.e]*\d[-+\d.e]*", "#", str(error).split("\n")[0]) if isinstance(error, AssertionError) else ""
-    return f"{type(error).__name__} at {place} {said[:80]}".strip()
+    said = re.split(r"[:\d'\"/]", str(error))[0][:60] if isinstance(error, AssertionError) else ""
+    return f"{type(error).__name__} at {place} {said}".strip()
 
 
 class _limited:

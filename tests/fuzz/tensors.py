@@ -293,4 +293,4 @@ def refusals(data: st.DataObject) -> None:
     except ValueError as error:
         one_line(error)
     else:
-        raise AssertionError(f"accepted: {name}")
+        raise AssertionError(f"{name}, yet accepted")
