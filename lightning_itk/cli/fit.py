@@ -85,6 +85,8 @@ class InstructionCLI(LightningCLI):
         return get(self.config_init, "log_dir") or get(self.config_init, "trainer.default_root_dir") or "runs"
 
     def before_instantiate_classes(self) -> None:
+        if self._get(self.config, "trainer") is None:
+            raise ValueError("trainer is null, expected arguments of lightning's Trainer, or leave it out")
         if self._get(self.config, "model.class_path").rpartition(".")[2] == "InstructionModule":
             raise ValueError(
                 "model has no class_path, expected lightning_itk.SFTModule, lightning_itk.KDModule, "

@@ -143,6 +143,8 @@ class BatchSampler:
 
     def _last_micro_batches(self) -> int:
         """Micro-batches of the last step, which may have fewer rows."""
+        if not self._steps:  # so few samples at such a low weight that none is drawn
+            return 0
         left = self._count - (self._steps - 1) * self._rows_per_step
         return -(-left // (self.batch_size * self.world))
 

@@ -192,9 +192,10 @@ def _writer(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 def _open(path: str | Path) -> Iterator[pq.ParquetFile]:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
+        _ = file.schema_arrow  # parsed when it is first asked for
     except FileNotFoundError:
         raise ValueError(f"{path}: no such scores file") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
     with file:
         yield file

@@ -62,8 +62,15 @@ class Figures:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        rate = round(self.cases / max(self.seconds, 1e-9), 1)
-        return asdict(self) | {"cases": self.cases, "per_second": rate, "failures": list(map(asdict, self.found()))}
+        return {
+            "kind": self.kind,
+            "batches": [self.first, self.first + self.batches],
+            "seconds": round(self.seconds, 1),
+            "cases": self.cases,
+            "per_second": round(self.cases / max(self.seconds, 1e-9), 1),
+            "outcomes": dict(sorted(self.outcomes.items())),
+            "failures": [asdict(failure) for failure in self.found()],
+        }
 
     def found(self) -> list[Failure]:
         return list(self.failures.values())
@@ -151,7 +158,7 @@ def _where(error: BaseException) -> str:
         return _where(error.exceptions[0])
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_ROOT)]
     place = f"{Path(frames[-1].filename).relative_to(_ROOT)}:{frames[-1].lineno}" if frames else "?"
-    said = re.split(r"[:\d'\"/]", str(error))[0][:60] if isinstance(error, AssertionError) else ""
+    said = re.split(r"[:\d'\"/]", str(error))[0][:120] if isinstance(error, AssertionError) else ""
     return f"{type(error).__name__} at {place} {said}".strip()
 
 
