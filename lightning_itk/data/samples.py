@@ -127,7 +127,7 @@ class TokenizedSource:
             ("record", self.record, summary.records),
             ("teacher", self.teacher, len(summary.teachers)),
         ):
-            if len(values) and not (0 <= values.min() and values.max() < count):
+            if len(values) and (values.min() < 0 or values.max() >= count):
                 raise ValueError(f"a {name} number outside 0 to {count - 1}")
         if (self.lengths < 1).any() or (self.learned < 0).any() or (np.diff(self.record) < 1).any():
             raise ValueError("samples out of order")

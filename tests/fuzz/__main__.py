@@ -1,4 +1,4 @@
-"""`make fuzz`: all kinds in turn for some minutes, Triton's interpreter beside them; figures, and exit code 1 on a failure."""
+"""`make fuzz`: all kinds in turn for some minutes, then Triton's interpreter; figures; exit code 1 on a failure."""
 
 import argparse
 import json
@@ -22,7 +22,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=int(os.environ.get("ITK_FUZZ_SEED") or time.time()))
-    parser.add_argument("--case", default=os.environ.get("ITK_FUZZ_CASE", ""), help="kind:number or kind:text of a failure")
+    parser.add_argument(
+        "--case", default=os.environ.get("ITK_FUZZ_CASE", ""), help="kind:number or kind:text of a failure"
+    )
     parser.add_argument("--kinds", default="", help="some of them, with commas; the default is all")
     parser.add_argument("--output", default="", help="JSON file for the figures")
     given = parser.parse_args()
@@ -59,7 +61,9 @@ def _again(case: str) -> int:
     """One batch, or the shrunk case of a failure."""
     name, _, rest = case.partition(":")
     if name == "triton" and name not in KINDS:
-        return subprocess.call([sys.executable, "-m", "fuzz", "--case", case], env=os.environ | {"TRITON_INTERPRET": "1"})
+        return subprocess.call(
+            [sys.executable, "-m", "fuzz", "--case", case], env=os.environ | {"TRITON_INTERPRET": "1"}
+        )
     figures = Figures(name, 0)
     number = int(rest) if rest.isdigit() else 0
     batch(KINDS[name], number, figures, text="" if rest.isdigit() else rest)

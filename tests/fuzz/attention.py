@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import torch
+from fuzz import comparison
+from fuzz.comparison import Leaf, compare, dtypes, size
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,19 +14,20 @@ from lightning_itk.attention import attention_kl
 
 def maps(data: st.DataObject) -> None:
     """Any heads, groups, windows, segments and masks."""
-    from fuzz import tensors
-
     draw = data.draw
-    batch, length = draw(st.integers(0, 3), label="batch"), draw(st.sampled_from([0, 1, 2, 7, 16, 17, 33]), label="length")
+    batch, length = (
+        draw(st.integers(0, 3), label="batch"),
+        draw(st.sampled_from([0, 1, 2, 7, 16, 17, 33]), label="length"),
+    )
     sizes = {}
     student_heads = draw(st.sampled_from([1, 2, 4, 6]), label="student's heads")
     teacher_heads = draw(st.sampled_from([student_heads, 2 * student_heads, 1]), label="teacher's heads")
     for name, heads in (("student", student_heads), ("teacher", teacher_heads)):
         divisors = [d for d in range(1, heads + 1) if heads % d == 0]
-        keys, dim = draw(st.sampled_from(divisors), label=f"{name}'s key heads"), tensors.size(draw, f"{name}'s dim", 1)
-        dtype = tensors.dtypes(draw, f"{name}'s dtype")
+        keys, dim = draw(st.sampled_from(divisors), label=f"{name}'s key heads"), size(draw, f"{name}'s dim", 1)
+        dtype = dtypes(draw, f"{name}'s dtype")
         sizes[name] = [
-            tensors.Leaf(draw, f"{name} {what}", (batch, count, length, dim), dtype)
+            Leaf(draw, f"{name} {what}", (batch, count, length, dim), dtype)
             for what, count in (("q", heads), ("k", keys))
         ]
     causal = draw(st.booleans(), label="causal")
@@ -51,8 +54,8 @@ def maps(data: st.DataObject) -> None:
     )
 
     def ours() -> Tensor:
-        tensors_ = [leaf() for pair in sizes.values() for leaf in pair]
-        return attention_kl(*tensors_, cu_seqlens=bounds, head_map=groups, impl=tensors.IMPL, **options)
+        inputs = [leaf() for pair in sizes.values() for leaf in pair]
+        return attention_kl(*inputs, cu_seqlens=bounds, head_map=groups, impl=comparison.IMPL, **options)
 
     def truth() -> Tensor:
         found = [
@@ -62,7 +65,7 @@ def maps(data: st.DataObject) -> None:
         return _sum(log_q, log_p.detach(), seen, options, groups)
 
     scale = 1.0 + total * max(math.sqrt(q().shape[-1]) for q, _ in sizes.values())
-    tensors.compare(draw, sizes["student"], ours, truth, scale, sizes["teacher"])
+    compare(draw, sizes["student"], ours, truth, scale, sizes["teacher"])
 
 
 def _log_map(

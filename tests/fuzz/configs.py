@@ -22,6 +22,7 @@ from fuzz.engine import one_line
 from fuzz.values import damaged, mutated
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, tiny_model
+from transformers.utils import logging as transformers_logging
 
 from lightning_itk.cli import generate, select
 from lightning_itk.cli.fit import InstructionCLI
@@ -32,20 +33,25 @@ from lightning_itk.selection.scores import write_scores
 
 VALUES = st.sampled_from(
     [None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1e30, 10**30, float("nan"), float("inf"), "", "x", "auto", "2", "1e-3",
-     "${data.train}", "${nope}", "{{ x", "line\nbreak", "é", [], ["x"], [1, [2]], {}, {"x": 1}, {"path": "train.jsonl"},
-     "train.jsonl", "none.jsonl", "m", ".", "lowest", "random", "drop", "bfloat16", "torch", "triton", "jsd", "null",
-     {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, {"class_path": "torch.nn.Linear"}, {"class_path": "no.such"},
-     {"scores": "s.parquet"}, {"scores": "train.jsonl", "fraction": 2}]
+     "${data.train}", "${nope}", "{{ x", "line\nbreak", "é", [], ["x"], [1, [2]], {}, {"x": 1},
+     {"path": "train.jsonl"}, "train.jsonl", "none.jsonl", "m", ".", "lowest", "random", "drop", "bfloat16",
+     "torch", "triton", "jsd", "null", {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+     {"class_path": "torch.nn.Linear"}, {"class_path": "no"}, {"scores": "s.parquet"},
+     {"scores": "train.jsonl", "fraction": 2}]
 )  # fmt: skip
 DATA = {
-    "train": ["train.jsonl", {"path": "train.jsonl", "teacher": "law", "weight": 2.0, "columns": {"response": "completion"}}],
+    "train": [
+        "train.jsonl",
+        {"path": "train.jsonl", "teacher": "law", "weight": 2.0, "columns": {"response": "completion"}},
+    ],
     "validation": 0.25, "test": None, "predict": None, "tokenizer": None, "chat_template": None, "max_length": 64,
     "batch_size": 2, "eval_batch_size": None, "shuffle": True, "packing": False,
-    "subset": {"scores": "s.parquet", "metric": "lp_app", "fraction": 0.5, "order": "lowest", "clusters": None, "seed": 0},
+    "subset": {"scores": "s.parquet", "metric": "lp_app", "fraction": 0.5, "order": "lowest", "clusters": None},
     "num_workers": 0, "num_proc": 1, "cache_dir": None, "invalid": "refuse", "seed": 0,
 }  # fmt: skip
 MODEL = {
-    "student": "m", "dtype": "float32", "lora": None, "gradient_checkpointing": False, "warmup": 0.03, "max_new_tokens": 8,
+    "student": "m", "dtype": "float32", "lora": None, "gradient_checkpointing": False, "warmup": 0.03,
+    "max_new_tokens": 8,
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "lr_scheduler": "cosine",
     "nonfinite": "stop", "impl": "auto", "trust_remote_code": False,
 }  # fmt: skip
@@ -65,8 +71,8 @@ CONFIGS: dict[str, list[Any]] = {
         )
     ],
     "select": [
-        {"scores": "s.parquet", "data": "train.jsonl", "output": "out/chosen.jsonl", "fraction": 0.5, "metric": "lp_app",
-         "order": "lowest", "clusters": None, "invalid": "refuse", "seed": 0}
+        {"scores": "s.parquet", "data": "train.jsonl", "output": "out/chosen.jsonl", "fraction": 0.5,
+         "metric": "lp_app", "order": "lowest", "clusters": None, "invalid": "refuse", "seed": 0}
     ],
     "generate": [
         {"model": "m", "prompts": "train.jsonl", "output": "out/answers.jsonl", "max_new_tokens": 2, "batch_size": 2,
@@ -99,7 +105,8 @@ def case(data: st.DataObject) -> str:
         code, said = run(command, "--config", "c.yaml")
     if "looks like a bug" in said:
         error = said.split("lightning-itk: error: ")[-1]
-        raise AssertionError(f"{command} looks like a bug to itself, {re.sub(r'[^a-z A-Z]+', ' ', error)[:60]}: {error}")
+        words = re.sub(r"[^a-z A-Z]+", " ", error)[:60]  # what tells one bug from another
+        raise AssertionError(f"{command} looks like a bug to itself, {words}: {error}")
     lines = [line for line in said.splitlines() if line.startswith("lightning-itk: ")]
     assert "Traceback" not in said, said[-2000:]
     assert code in (0, 1), f"exit code {code}"
@@ -127,9 +134,9 @@ def run(*args: str) -> tuple[int, str]:
     """Exit code and stderr of a command that trains nothing and answers nothing."""
     said, path = io.StringIO(), list(sys.path)
     with (
-        mock.patch.object(InstructionCLI, "_run_subcommand", lambda *_: None),
-        mock.patch.object(generate, "write_responses", lambda *_, **__: []),
-        mock.patch.object(select, "find_spec", lambda _: None),  # no picture
+        mock.patch.object(InstructionCLI, "_run_subcommand", return_value=None),
+        mock.patch.object(generate, "write_responses", return_value=[]),
+        mock.patch.object(select, "find_spec", return_value=None),  # no picture
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(said),
@@ -151,6 +158,7 @@ def originals() -> Path:
     folder = tempfile.TemporaryDirectory(prefix="itk-fuzz-")
     originals.keep = folder  # type: ignore[attr-defined]
     path = Path(folder.name)
+    transformers_logging.disable_progress_bar()
     tiny_model().save_pretrained(path / "m")
     byte_tokenizer().save_pretrained(path / "m")
     rows = [{"prompt": f"say {i}", "completion": "x" * (i + 1), "kind": "ab"[i % 2]} for i in range(8)]

@@ -144,9 +144,11 @@ def batch(kind: Kind, number: int, figures: Figures, *, shrink: bool = True, tex
         figures.failures[where] = Failure(where, number, found[1] if found else "", report)
 
 
-def one_line(error: Exception, longest: int = 1000) -> None:
-    """What a user's mistake must become: one line, and not an endless one."""
+def one_line(error: Exception, *parts: str, longest: int = 1000) -> None:
+    """What a user's mistake must become: one line, not an endless one, that holds `parts`."""
     line = str(error)
+    for part in parts:
+        assert part in line, f"nothing of {part} in {line[:400]!r}"
     assert line.strip(), f"{type(error).__name__} says nothing"
     assert len(line.splitlines()) == 1, f"several lines: {line[:400]!r}"
     assert len(line) <= longest, f"{len(line)} characters: {line[:400]!r}"
@@ -158,7 +160,7 @@ def _where(error: BaseException) -> str:
         return _where(error.exceptions[0])
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_ROOT)]
     place = f"{Path(frames[-1].filename).relative_to(_ROOT)}:{frames[-1].lineno}" if frames else "?"
-    said = re.split(r"[:\d'\"/]", str(error))[0][:120] if isinstance(error, AssertionError) else ""
+    said = re.split(r"[:\d'\"/\n]", str(error))[0][:120] if isinstance(error, AssertionError) else ""
     return f"{type(error).__name__} at {place} {said}".strip()
 
 

@@ -2,7 +2,7 @@
 
 import os
 
-from fuzz import configs, files, records, samplers, tensors
+from fuzz import comparison, configs, files, records, samplers, tensors
 from fuzz.engine import Kind
 
 KINDS = {
@@ -19,5 +19,5 @@ TRITON = Kind("triton", tensors.case, batch=10, least=10)
 """The losses' kernels in Triton's interpreter, for a process that was started with TRITON_INTERPRET=1."""
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    tensors.IMPL = "triton"
+    comparison.IMPL = "triton"
     KINDS = {TRITON.name: TRITON}

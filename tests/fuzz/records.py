@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fuzz.engine import one_line
-from fuzz.values import NASTY, TEXTS, WORDS, mutated
+from fuzz.values import TEXTS, WORDS, mutated
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
@@ -107,10 +107,8 @@ def case(data: st.DataObject) -> str:
         chunk = Chunk("data.jsonl", "line", 0, [1], [line if draw(st.booleans(), label="line") else json.loads(line)])
         (found,) = parse_chunk(chunk, Source("data.jsonl", columns=columns))
     except DataError as error:
-        one_line(error)
-        assert str(error).startswith("data.jsonl line 1: ")
-        assert spoilt, f"refused: {error}"
-        return "refused"
+        one_line(error, "data.jsonl line 1: ")
+        return _refused(spoilt > 0, "refused", error)
     if not spoilt:
         said = [(m["role"], m["content"], m.get("learn", "")) for m in found.messages]
         assert said == turns, "the messages are not those that were written"
@@ -122,8 +120,7 @@ def case(data: st.DataObject) -> str:
         (encoded,) = encoder(style).encode([found.messages])
     except ValueError as error:
         one_line(error)
-        assert not style.system and turns[0][0] == "system", f"the template refuses: {error}"
-        return "refused by the template"
+        return _refused(not style.system and turns[0][0] == "system", "refused by the template", error)
     if style.marks and turns[-1][2] == "words" and turns[-1][1].rstrip().endswith((">", "]")):
         return "an end that may be a stop"  # inside marks, words that end with a token's name look like the stop
     check_labels(style, turns, encoded.input_ids, encoded.labels())
@@ -149,6 +146,11 @@ def check_labels(style: Style, turns: list[Turn], ids: np.ndarray, labels: np.nd
         raise AssertionError(f"{text[differ[0] : differ[-1] + 1]!r} {kind} in {text!r}")
 
 
+def _refused(rightly: bool, outcome: str, error: Exception) -> str:
+    assert rightly, f"{outcome} without a reason: {error}"
+    return outcome
+
+
 def _said(words: str, record: Any) -> bool:
     """Whether every part of a message's words stands in the record."""
     texts = list(_strings(record))
@@ -166,7 +168,9 @@ def _strings(value: Any) -> Any:
 
 def record_of(draw: Any) -> tuple[list[Turn], Any, dict[str, str] | None]:
     """A conversation, a record that holds it, and the map of its columns."""
-    rounds = [(draw(TEXTS, label="asked"), draw(WORDS, label="said")) for _ in range(draw(st.integers(1, 3), label="rounds"))]
+    rounds = [
+        (draw(TEXTS, label="asked"), draw(WORDS, label="said")) for _ in range(draw(st.integers(1, 3), label="rounds"))
+    ]
     system = draw(st.none() | WORDS, label="system")
     finished = draw(st.sampled_from([None, True, False]), label="finished")
     extra = {} if finished is None else {"finished": finished}
@@ -195,15 +199,24 @@ def record_of(draw: Any) -> tuple[list[Turn], Any, dict[str, str] | None]:
     else:
         for asked, said in rounds:
             turns += [("user", asked, ""), ("assistant", said, "")]
-        prompt, response = draw(st.sampled_from([("instruction", "output"), ("prompt", "completion"), ("prompt", "response")]))
+        prompt, response = draw(
+            st.sampled_from([("instruction", "output"), ("prompt", "completion"), ("prompt", "response")])
+        )
         record = {**extra, **({} if system is None else {"system": system})}
         if form == "lists":
             messages = [{"role": role, "content": words} for role, words, _ in turns]
-            record |= {prompt: messages[:-1], response: messages[-1:] if draw(st.booleans(), label="as a list") else turns[-1][1]}
+            record |= {
+                prompt: messages[:-1],
+                response: messages[-1:] if draw(st.booleans(), label="as a list") else turns[-1][1],
+            }
         else:
             context, (asked, said) = draw(st.none() | TEXTS, label="context"), rounds[-1]
             turns[-2] = ("user", "\n\n".join(part for part in (asked, context or "") if part), "")
-            record |= {prompt: asked, response: said, draw(st.sampled_from(["input", "context"]), label="its name"): context}
+            record |= {
+                prompt: asked,
+                response: said,
+                draw(st.sampled_from(["input", "context"]), label="its name"): context,
+            }
             record |= {"history": [list(pair) for pair in rounds[:-1]]} if len(rounds) > 1 else {}
     if finished is False:
         turns[-1] = (*turns[-1][:2], "words")
@@ -214,6 +227,3 @@ def record_of(draw: Any) -> tuple[list[Turn], Any, dict[str, str] | None]:
         return turns, record, None
     columns = {name: f"{name} of ours" for name in draw(st.sets(st.sampled_from(sorted(known))), label="mapped")}
     return turns, {columns.get(name, name): value for name, value in record.items()}, columns
-
-
-assert len(NASTY) == len(set(NASTY))

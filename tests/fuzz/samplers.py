@@ -91,7 +91,10 @@ def quotas(data: st.DataObject) -> None:
         st.none() | st.lists(st.integers(-3, 5) | st.just(2**60), min_size=len(scores), max_size=len(scores)),
         label="clusters",
     )
-    fraction, order = draw(st.floats(1e-6, 1.0), label="fraction"), draw(st.sampled_from(["lowest", "highest", "random"]))
+    fraction, order = (
+        draw(st.floats(1e-6, 1.0), label="fraction"),
+        draw(st.sampled_from(["lowest", "highest", "random"])),
+    )
     given = torch.from_numpy(scores) if draw(st.booleans(), label="tensor") else scores
     chosen = np.asarray(select(given, fraction, clusters=labels, order=order))
     kept = ~np.isnan(scores)

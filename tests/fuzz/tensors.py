@@ -1,11 +1,13 @@
-"""The public losses against formulas in fp64 and autograd: any shape, stride, dtype and mask; wrong shapes are one line."""
+"""The public losses against formulas in fp64 and autograd: any shape, stride, dtype, mask; refusals are one line."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from fuzz import comparison
 from fuzz.attention import maps
+from fuzz.comparison import Leaf, compare, dtypes, size
 from fuzz.engine import one_line
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,30 +23,6 @@ from lightning_itk.losses import (
 )
 from lightning_itk.losses.chunked import linear_token_scores
 
-IMPL: Any = "torch"
-"""triton in a process with TRITON_INTERPRET=1."""
-EPS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-class Leaf:
-    """An input of some layout in memory, and its fp64 twin, which is contiguous."""
-
-    def __init__(self, draw: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> None:
-        how = draw(st.sampled_from(["plain", "plain", "transposed", "every second", "narrow", "expanded"]), name)
-        base = (torch.randn(*shape[:-1], shape[-1] + 2) * scale).to(dtype)
-        values = base[..., 1:-1] if how == "narrow" else base[..., 1:-1].contiguous()
-        if how == "transposed" and len(shape) > 1:
-            values = values.transpose(-1, -2).contiguous().transpose(-1, -2)
-        elif how == "every second":
-            values = values.repeat_interleave(2, 0)[::2]
-        elif how == "expanded" and shape[0]:
-            values = values[:1].expand(shape)
-        self.leaf = values.detach().requires_grad_()
-        self.wide = values.detach().double().contiguous().requires_grad_()
-
-    def __call__(self, wide: bool = False) -> Tensor:
-        return self.wide if wide else self.leaf
-
 
 def case(data: st.DataObject) -> str:
     """A loss with its gradients, or shapes that do not belong together."""
@@ -52,15 +30,6 @@ def case(data: st.DataObject) -> str:
     subject = data.draw(st.sampled_from([logits, linear, own, maps, refusals]), label="subject")
     subject(data)
     return "refused" if subject is refusals else subject.__name__
-
-
-def dtypes(draw: Any, label: str) -> torch.dtype:
-    every = [torch.float32, torch.float16] + ([torch.bfloat16, torch.float64] if IMPL == "torch" else [])
-    return draw(st.sampled_from(every), label=label)
-
-
-def size(draw: Any, label: str, least: int = 0, most: int = 9) -> int:
-    return draw(st.one_of(st.integers(least, most), st.sampled_from([16, 17, 33, 65])), label=label)
 
 
 def labels_of(draw: Any, rows: tuple[int, ...], vocab: int) -> Tensor:
@@ -95,54 +64,6 @@ def options_of(draw: Any) -> dict[str, Any]:
     }
 
 
-def compare(
-    draw: Any,
-    leaves: list[Leaf],
-    ours: Callable[[], Tensor],
-    truth: Callable[[], Tensor],
-    scale: float,
-    beside: Sequence[Leaf] = (),
-) -> None:
-    """Value and gradients of `leaves`, the upstream gradient being drawn.
-
-    Args:
-        draw: of the case.
-        leaves: what gets a gradient.
-        ours: the loss.
-        truth: the loss of the fp64 twins.
-        scale: what errors of rounding are measured by.
-        beside: what gets none.
-    """
-    upstream = draw(st.sampled_from([1.0, 3.0, -0.5, 0.0]), label="upstream")
-    autocast = IMPL == "torch" and draw(st.booleans(), label="autocast")  # the interpreter computes bf16 wrongly
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = ours()
-    expected = truth()
-    exact = all(leaf.leaf.dtype == torch.float64 for leaf in [*leaves, *beside])
-    tolerance = EPS[torch.float64 if exact else torch.float32]
-    most = tolerance * (abs(expected.item()) + scale / 30)
-    assert found.shape == ()
-    assert torch.isfinite(found), f"{found.item()}, expected {expected.item()}"
-    assert abs(found.item() - expected.item()) <= most, f"{found.item()}, expected {expected.item()}"
-    if draw(st.booleans(), label="no_grad"):
-        with torch.no_grad():
-            assert abs(ours().item() - expected.item()) <= most, "another value under no_grad"
-    assert found.requires_grad
-    (found * upstream).backward()
-    (expected * upstream).backward()
-    assert all(leaf.leaf.grad is None for leaf in beside)
-    for number, leaf in enumerate(leaves):
-        if leaf.leaf.grad is None:
-            assert leaf.wide.grad is None or not leaf.wide.grad.any(), f"no gradient for input {number}"
-            continue
-        mine, theirs = leaf.leaf.grad.double(), leaf.wide.grad
-        theirs = torch.zeros_like(mine) if theirs is None else theirs
-        assert mine.shape == theirs.shape
-        bound = max(tolerance, EPS[leaf.leaf.dtype]) * (theirs.norm() + abs(upstream) * scale * 1e-2 * math.sqrt(mine.numel() + 1))
-        bound += 1e-7 * math.sqrt(mine.numel()) if leaf.leaf.dtype == torch.float16 else 0.0  # its smallest steps
-        assert (mine - theirs).norm() <= bound, f"gradient of input {number}: off by {(mine - theirs).norm():.2e}"
-
-
 def logits(data: st.DataObject) -> None:
     """`kl_divergence` and `cross_entropy`."""
     draw, rows = data.draw, tuple(data.draw(st.lists(st.integers(0, 5), max_size=3), label="rows"))
@@ -157,12 +78,15 @@ def logits(data: st.DataObject) -> None:
         compare(
             draw,
             [student],
-            lambda: cross_entropy(student(), labels, impl=IMPL),
+            lambda: cross_entropy(student(), labels, impl=comparison.IMPL),
             lambda: -student(True).log_softmax(-1)[keep].gather(-1, labels[keep].long()[:, None]).sum(),
             scale,
         )
         return
-    teacher, how = Leaf(draw, "teacher", (*rows, teacher_vocab), dtypes(draw, "teacher's dtype"), spread), options_of(draw)
+    teacher, how = (
+        Leaf(draw, "teacher", (*rows, teacher_vocab), dtypes(draw, "teacher's dtype"), spread),
+        options_of(draw),
+    )
     given = labels_of(draw, rows, common) if draw(st.booleans(), label="with labels") else None
     keep = torch.ones(rows, dtype=torch.bool) if given is None else given != -100
 
@@ -171,12 +95,14 @@ def logits(data: st.DataObject) -> None:
         return rows_divergence(q, p, **how).sum()
 
     def ours() -> Tensor:
-        return kl_divergence(student(), teacher(), given, impl=IMPL, **how)
+        return kl_divergence(student(), teacher(), given, impl=comparison.IMPL, **how)
 
     compare(draw, [student], ours, truth, scale * how["temperature"] ** 2, [teacher])
 
 
-def head_of(draw: Any, name: str, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[list[Leaf], Callable[..., Head]]:
+def head_of(
+    draw: Any, name: str, vocab: int, hidden: int, dtype: torch.dtype
+) -> tuple[list[Leaf], Callable[..., Head]]:
     weight = Leaf(draw, f"{name} weight", (vocab, hidden), dtype)
     bias = Leaf(draw, f"{name} bias", (vocab,), dtype) if draw(st.booleans(), label=f"{name} bias") else None
     factor = draw(st.sampled_from([1.0, 1.0, 0.25]), label=f"{name} scale")
@@ -206,10 +132,15 @@ def linear(data: st.DataObject) -> None:
         keep = labels != -100
 
         def nll() -> Tensor:
-            return -projected(hidden(True)[keep], head(True)).log_softmax(-1).gather(-1, labels[keep].long()[:, None]).sum()
+            return (
+                -projected(hidden(True)[keep], head(True))
+                .log_softmax(-1)
+                .gather(-1, labels[keep].long()[:, None])
+                .sum()
+            )
 
         leaves = [hidden, *head_leaves]
-        compare(draw, leaves, lambda: linear_cross_entropy(hidden(), head(), labels, impl=IMPL), nll, scale)
+        compare(draw, leaves, lambda: linear_cross_entropy(hidden(), head(), labels, impl=comparison.IMPL), nll, scale)
         found = linear_token_scores(hidden(), head(), labels.long(), ranks=True)
         assert abs(found.nll.sum().item() - nll().item()) <= 3e-5 * (scale + abs(nll().item()))
         assert ((found.rank == 0) == ~keep).all()
@@ -232,7 +163,9 @@ def linear(data: st.DataObject) -> None:
         return loss
 
     def ours() -> Tensor:
-        return linear_kl_divergence(hidden(), head(), teacher(), teacher_head(), given, impl=IMPL, **how, **weights)
+        return linear_kl_divergence(
+            hidden(), head(), teacher(), teacher_head(), given, impl=comparison.IMPL, **how, **weights
+        )
 
     scale *= 3 * max(1.0, math.sqrt(teacher_width))
     compare(draw, [hidden, *head_leaves], ours, truth, scale, [teacher, *beside])
@@ -254,7 +187,9 @@ def own(data: st.DataObject) -> None:
         return entropy(projected(hidden(True)[kept], head(True))).sum()
 
     if draw(st.booleans(), label="with a teacher"):
-        compare(draw, leaves, lambda: linear_divergence(entropy, hidden(), head(), hidden(), head(), labels), plain, scale)
+        compare(
+            draw, leaves, lambda: linear_divergence(entropy, hidden(), head(), hidden(), head(), labels), plain, scale
+        )
     else:
         compare(draw, leaves, lambda: linear_loss(entropy, hidden(), head(), labels), plain, scale)
 
