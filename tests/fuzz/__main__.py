@@ -42,10 +42,10 @@ def main() -> int:
         end = time.monotonic() + seconds * len(figures) / len(names)
         while figures and time.monotonic() < end:
             for name in figures:
-                known = len(figures[name].failures)
+                known = set(figures[name].failures)
                 run(KINDS[name], figures[name], min(SLICE, end - time.monotonic(), seconds / len(names)))
-                if len(figures[name].failures) > known:
-                    print(f"{name}: {len(figures[name].failures)} failures so far", flush=True)
+                for where in set(figures[name].failures) - known:
+                    print(figures[name].told(where), flush=True)
         if "triton" in names and "triton" not in figures:
             plain += _in_the_interpreter(seconds / len(names), given.seed)
     except KeyboardInterrupt:
@@ -75,7 +75,7 @@ def _in_the_interpreter(seconds: float, seed: int) -> list[dict[str, object]]:
     """The figures of a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     path = Path(tempfile.gettempdir(), f"itk-fuzz-triton-{os.getpid()}.json")
     options = ["--kinds", "triton", "--minutes", str(seconds / 60), "--seed", str(seed), "--output", str(path)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "ITK_FUZZ_CASE": ""}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "ITK_FUZZ_CASE": "", "PYTHONWARNINGS": "ignore"}
     code = subprocess.call([sys.executable, "-X", "faulthandler", "-m", "fuzz", *options], env=environment)
     if not path.exists():
         return [{"kind": "triton", "failures": [f"exit code {code}, no figures"]}]

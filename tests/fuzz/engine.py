@@ -79,11 +79,13 @@ class Figures:
         became = ", ".join(f"{count:,} {name}" for name, count in sorted(self.outcomes.items()))
         rate = self.cases / max(self.seconds, 1e-9)
         text = f"{self.kind:<10}{self.cases:>9,} cases {rate:>8.1f} a second   {len(self.failures)} failures   {became}"
-        return text + "".join(
-            f"\n--- {self.kind}, {failure.count}x: {failure.report}\nagain: make fuzz CASE={self.kind}:"
-            f"{failure.text or failure.number} (first seen in batch {failure.number})"
-            for failure in self.found()
-        )
+        return text + "".join(f"\n{self.told(where)}" for where in self.failures)
+
+    def told(self, where: str) -> str:
+        """A failure, and how to run it again."""
+        failure = self.failures[where]
+        again = f"make fuzz CASE={self.kind}:{failure.text or failure.number} (first seen in batch {failure.number})"
+        return f"--- {self.kind}, {failure.count}x: {failure.report}\nagain: {again}"
 
 
 def run(kind: Kind, figures: Figures, seconds: float, *, shrink: bool = True, stop: bool = False) -> Figures:
