@@ -313,8 +313,9 @@ def test_what_frameworks_refuse_is_no_bug(here, capsys, model_folder):
         assert "bug" not in err
 
 
-def test_lines_stay_readable_and_a_null_trainer_is_named(here, capsys, model_folder):
-    (here / "c.yaml").write_text(json.dumps(json.loads(config(model_folder("llama"))) | {"trainer": None}))
-    assert "trainer is null, expected arguments" in error_of(capsys, "fit", "--config", "c.yaml")
+def test_lines_stay_readable_and_what_is_no_trainer_is_named(here, capsys, model_folder):
+    for trainer, said in ((None, "null"), ([{"max_epochs": 1}], "a list")):
+        (here / "c.yaml").write_text(json.dumps(json.loads(config(model_folder("llama"))) | {"trainer": trainer}))
+        assert f"trainer is {said}, expected arguments" in error_of(capsys, "fit", "--config", "c.yaml")
     (here / "c.yaml").write_text(json.dumps([[{"data": {"train": ["train.jsonl"] * 1000}}]]))
     assert len(error_of(capsys, "fit", "--config", "c.yaml")) < 1100
