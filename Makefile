@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test quick chaos lint bench gpu clean
+.PHONY: help install quickstart test quick fuzz chaos lint bench gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,14 +22,18 @@ quickstart: $(INSTALLED)  ## train, distil and align tiny models on this machine
 test: $(INSTALLED)  ## all tests that need no GPU
 	$(BIN)/python -m pytest
 
-quick: $(INSTALLED)  ## most tests, in about a minute: none in Triton's interpreter, none with processes of its own
-	$(BIN)/python -m pytest -m 'not gpu and not interpret and not process'
+quick: $(INSTALLED)  ## most tests, in about a minute: none in Triton's interpreter, none with processes of its own, no fuzzing
+	$(BIN)/python -m pytest -m 'not gpu and not interpret and not process and not fuzz'
+
+MINUTES ?= 10
+fuzz: $(INSTALLED)  ## hostile data, files, configurations, tensors: MINUTES=60 SEED=7 KINDS=records,files CASE=kind:again OUTPUT=file
+	PYTHONPATH=tests $(BIN)/python -X faulthandler -m fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) \
+		$(if $(KINDS),--kinds $(KINDS)) $(if $(CASE),--case $(CASE)) $(if $(OUTPUT),--output $(OUTPUT))
 
 KILLS ?= 50
-SEED ?= 0
 
 chaos: $(INSTALLED)  ## kill training runs at random moments, resume, compare to the bit (KILLS=50 SEED=0, about ten minutes)
-	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED)
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(or $(SEED),0)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check
@@ -54,4 +58,4 @@ gpu:  ## GPU tests, then all benchmarks; results in RESULTS=benchmarks/results
 	exit $$failed
 
 clean:  ## remove what the targets made
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs build *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -108,7 +108,9 @@ def key_gradient(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstream:
     blocks = ranks = None
     if p.row_mask is not None:  # list the query blocks that hold a kept row, so that the others cost nothing
         padded = torch.nn.functional.pad(p.row_mask, (0, -length % tile.block_m))
-        active = padded.view(batch, -1, tile.block_m).amax(-1) != 0
+        active = (
+            padded.unflatten(1, (padded.shape[1] // tile.block_m, tile.block_m)).amax(-1) != 0
+        )  # a batch may be empty
         blocks = torch.argsort(~active, dim=1, stable=True).to(torch.int32)
         ranks = torch.nn.functional.pad(active.cumsum(1), (1, 0)).to(torch.int32)
     with guard(p.q_s):

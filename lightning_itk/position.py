@@ -32,6 +32,8 @@ class StepPlan(NamedTuple):
     @property
     def last_micro_batches(self) -> int:
         """Micro-batches of the epoch's last step."""
+        if not self.steps:  # so few samples at such a low weight that none is drawn
+            return 0
         left = self.rows - (self.steps - 1) * self.rows_per_step
         return -(-left // (self.batch_size * self.ranks))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -88,6 +89,10 @@ class InstructionCLI(LightningCLI):
         return get(self.config_init, "log_dir") or get(self.config_init, "trainer.default_root_dir") or "runs"
 
     def before_instantiate_classes(self) -> None:
+        trainer = self._get(self.config, "trainer")
+        if not isinstance(trainer, Namespace | dict):
+            found = "null" if trainer is None else f"a {type(trainer).__name__}"
+            raise ValueError(f"trainer is {found}, expected arguments of Lightning's Trainer; or leave it out")
         if self._get(self.config, "model.class_path").rpartition(".")[2] == "InstructionModule":
             raise ValueError(
                 "model has no class_path, expected lightning_itk.SFTModule, lightning_itk.KDModule, "

@@ -102,7 +102,8 @@ def _one_line(error: Exception) -> str:
     """What went wrong, without the layers that frameworks put around it."""
     lines = [line.strip() for line in str(error).splitlines()]
     telling = [line.removeprefix("- ") for line in lines if line and not _AROUND.match(line)]
-    return " ".join(telling) or " ".join(lines) or type(error).__name__
+    text = " ".join(telling) or " ".join(lines) or type(error).__name__
+    return text if len(text) <= 1000 else f"{text[:700]} … {text[-250:]}"  # some show the whole configuration
 
 
 # Beginnings of what libraries warn of each other, or of what is meant to be so; everything else is shown.

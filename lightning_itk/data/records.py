@@ -8,7 +8,9 @@ cut off when it was generated (`finished: false`) is not learned. Everything wro
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 Message = dict[str, str]
@@ -188,13 +190,13 @@ def _conversation(turns: Any, key: str) -> list[Message]:
             raise DataError(f"{where} is {_kind(turn)}, expected an object with role and content")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in _CHAT_ROLES:
-            raise DataError(f"{where}: unknown role {role!r}, expected one of {', '.join(_CHAT_ROLES)}")
+            raise DataError(f"{where}: unknown role {reprlib.repr(role)}, expected one of {', '.join(_CHAT_ROLES)}")
         if not isinstance(content, str):
             raise DataError(f"{where}: content is {_kind(content)}, expected text")
         messages.append({"role": _CHAT_ROLES[role], "content": content})
         weight = turn.get("weight")
         if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-            raise DataError(f"{where}: weight is {weight!r}, expected 0 or 1")
+            raise DataError(f"{where}: weight is {reprlib.repr(weight)}, expected 0 or 1")
         if weight == 0 and messages[-1]["role"] == "assistant":
             messages[-1]["learn"] = "nothing"
     return messages
@@ -225,7 +227,7 @@ def _teacher(record: dict[str, Any], find: Any) -> str:
     if (key := find(("is_domain",))) is not None:
         value = record[key]
         if value not in (0, 1):
-            raise DataError(f"field {key!r} is {value!r}, expected 0, 1, true or false")
+            raise DataError(f"field {key!r} is {reprlib.repr(value)}, expected 0, 1, true or false")
         return "expert" if value else "reference"
     return ""
 
@@ -236,4 +238,6 @@ def _kind(value: Any) -> str:
 
 
 def _names(record: dict[str, Any]) -> str:
-    return ", ".join(map(str, record)) if record else "no fields"
+    """The fields, in a line of bounded length whatever they are called."""
+    names = [name if name.isprintable() and len(name) < 50 else reprlib.repr(name) for name in islice(record, 20)]
+    return ", ".join([*names, "…"] if len(record) > 20 else names) or "no fields"

@@ -78,15 +78,24 @@ class TokenizedSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._bytes_read = 0
         try:
             self.summary = Summary(**json.loads((folder / "summary.json").read_text()))
             with (folder / "samples.arrow").open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             reader = pa.ipc.open_file(pa.py_buffer(self._map))
+            if not reader.schema.equals(SCHEMA):
+                raise ValueError("other columns than expected")
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-            raise DataError(f"{folder}: broken cache ({error}): delete this folder") from error
+            for batch in batches:
+                batch.validate()  # or what points beyond the file is read
+            self._read(batches)
+            self._check()
+        except (OSError, ValueError, TypeError, IndexError, pa.ArrowException) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise DataError(f"{folder}: broken cache ({reason}): delete this folder") from error
 
+    def _read(self, batches: list[pa.RecordBatch]) -> None:
         def whole(name: str) -> np.ndarray:
             dtype = SCHEMA.field(name).type.to_pandas_dtype()
             return np.concatenate([np.empty(0, dtype), *(batch.column(name).to_numpy() for batch in batches)])
@@ -102,7 +111,26 @@ class TokenizedSource:
         self.learned = np.concatenate([np.empty(0, np.int32), *(_widths(*spans) for spans in self._spans)])
         self.record, self.teacher = whole("record"), whole("teacher")
         self.response_chars, self.digest = whole("response_chars"), whole("digest")
-        self._bytes_read = 0
+
+    def _check(self) -> None:
+        """Raises ValueError where the columns are not what the summary says. Token ids are not read for it."""
+        summary, plain = self.summary, Summary()
+        if any(type(value) is not type(getattr(plain, name)) for name, value in vars(summary).items()):
+            raise ValueError("summary.json holds values of the wrong type")
+        if not all(isinstance(tag, str) for tag in summary.teachers):
+            raise ValueError("summary.json names teachers that are no text")
+        found = {"samples": len(self), "tokens": int(self.lengths.sum()), "learned": int(self.learned.sum())}
+        for name, count in found.items():
+            if getattr(summary, name) != count:
+                raise ValueError(f"{count} {name}, the summary says {getattr(summary, name)}")
+        for name, values, count in (
+            ("record", self.record, summary.records),
+            ("teacher", self.teacher, len(summary.teachers)),
+        ):
+            if len(values) and (values.min() < 0 or values.max() >= count):
+                raise ValueError(f"a {name} number outside 0 to {count - 1}")
+        if (self.lengths < 1).any() or (self.learned < 0).any() or (np.diff(self.record) < 1).any():
+            raise ValueError("samples out of order")
 
     def __reduce__(self) -> tuple[type["TokenizedSource"], tuple[Path]]:
         return TokenizedSource, (self.folder,)  # spawned loader workers map the file themselves

@@ -1,6 +1,7 @@
 """Which samples are trained on: the subset that recorded response losses choose, and the validation share."""
 
 import json
+import reprlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,11 +111,17 @@ def _read_clusters(path: str, fingerprint: str) -> tuple[np.ndarray, np.ndarray]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet with the columns record and cluster: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as Parquet with the columns record and cluster: {reason}") from None
+    record = table.column("record")
+    if not pa.types.is_integer(record.type) or record.null_count:
+        raise DataError(f"{path}: column record holds {record.type} or empty values, expected record numbers")
+    if not isinstance(noted, dict):
+        raise DataError(f"{path}: broken 'itk' metadata, expected an object")
     if noted.get("fingerprint", fingerprint) != fingerprint:
-        found = f"fingerprint {noted['fingerprint']}, the data has {fingerprint}"
+        found = f"fingerprint {reprlib.repr(noted['fingerprint'])}, the data has {fingerprint}"
         raise DataError(f"{path}: made on other records or in another order ({found})")
-    return table.column("record").to_numpy(), table.column("cluster").to_numpy()
+    return record.to_numpy(), table.column("cluster").to_numpy()
 
 
 def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -47,9 +47,9 @@ def cross_entropy(
         labels: already aligned with the rows (shifted).
         impl: accepted for symmetry; torch's own fused kernel is used everywhere.
     """
-    _check_labels(labels, logits.shape[:-1])
+    labels = _checked_labels(labels, logits.shape[:-1])
     resolve_impl(impl, logits)
-    flat = _at_least_fp32(logits.flatten(0, -2))
+    flat = _at_least_fp32(_rows_of(logits))
     return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -83,10 +83,9 @@ def kl_divergence(
             f"student and teacher have different rows: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    student, teacher = _rows_of(student_logits), _rows_of(teacher_logits.detach())
     if labels is not None:
-        _check_labels(labels, student_logits.shape[:-1])
-        labels = labels.flatten()
+        labels = _checked_labels(labels, student_logits.shape[:-1]).flatten()
     if resolve_impl(impl, student_logits, kind) == "triton":
         from lightning_itk.kernels.kl import kl_divergence as fused
 
@@ -118,7 +117,7 @@ def linear_cross_entropy(
     """
     head = Head.of(head)
     _check_linear(hidden, head, "hidden")
-    _check_labels(labels, hidden.shape[:-1])
+    labels = _checked_labels(labels, hidden.shape[:-1])
     if has_ignored:
         labels, hidden = _kept(labels, hidden)
     if resolve_impl(impl, hidden) == "triton":
@@ -191,14 +190,11 @@ def linear_kl_parts(
     student, teacher = Head.of(student_head), Head.of(teacher_head)
     _check_linear(student_hidden, student, "student_hidden")
     _check_linear(teacher_hidden, teacher, "teacher_hidden")
-    if student_hidden.shape[0] != teacher_hidden.shape[0]:
-        raise ValueError(
-            f"student_hidden has {student_hidden.shape[0]} rows and teacher_hidden {teacher_hidden.shape[0]}"
-        )
+    _check_rows(student_hidden, teacher_hidden)
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
     has_labels = labels is not None
     if labels is not None:
-        _check_labels(labels, student_hidden.shape[:-1])
+        labels = _checked_labels(labels, student_hidden.shape[:-1])
         if has_ignored:
             labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden)
     elif how.ce_weight:
@@ -247,8 +243,9 @@ def linear_divergence(
     student, teacher = Head.of(student_head), Head.of(teacher_head).detach()
     _check_linear(student_hidden, student, "student_hidden")
     _check_linear(teacher_hidden, teacher, "teacher_hidden")
+    _check_rows(student_hidden, teacher_hidden)
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-    _check_labels(labels, student_hidden.shape[:-1])
+    labels = _checked_labels(labels, student_hidden.shape[:-1])
     labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden.detach())
 
     def rows(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -273,10 +270,16 @@ def linear_loss(
     """
     head = Head.of(head)
     _check_linear(hidden, head, "hidden")
-    _check_labels(labels, hidden.shape[:-1])
+    labels = _checked_labels(labels, hidden.shape[:-1])
     labels, hidden = _kept(labels, hidden)
     rows = by_autograd(lambda logits, _, labels: row_loss(logits, labels))
     return chunked_rows(rows, hidden, head, None, None, labels)[0]
+
+
+def _rows_of(logits: Tensor) -> Tensor:
+    if logits.ndim == 0:
+        raise ValueError("logits must be [..., vocab], got a single number")
+    return logits[None].flatten(0, -2)
 
 
 def _kept(labels: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -303,6 +306,16 @@ def _check_linear(hidden: Tensor, head: Head, name: str) -> None:
         )
 
 
-def _check_labels(labels: Tensor, rows: torch.Size) -> None:
+def _checked_labels(labels: Tensor, rows: torch.Size) -> Tensor:
     if labels.shape != rows:
         raise ValueError(f"labels have shape {list(labels.shape)} but there are {list(rows)} rows")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be whole numbers, got {labels.dtype}")
+    return labels.long()  # a gather takes no other
+
+
+def _check_rows(student_hidden: Tensor, teacher_hidden: Tensor) -> None:
+    if student_hidden.shape[0] != teacher_hidden.shape[0]:
+        raise ValueError(
+            f"student_hidden has {student_hidden.shape[0]} rows and teacher_hidden {teacher_hidden.shape[0]}"
+        )

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -61,9 +60,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             content = read_sharded(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        content["hyper_parameters"], content["state_dict"], int(content["global_step"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a reader of damaged bytes may trip over anything
         raise ValueError(f"{path}: is no checkpoint of this kit ({type(error).__name__})") from error
+    for name, kind in (("hyper_parameters", dict), ("state_dict", dict), ("global_step", int)):
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise ValueError(f"{path}: is no checkpoint of this kit (no {name})")
     return content
 
 

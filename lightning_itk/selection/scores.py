@@ -9,6 +9,7 @@ adding an epoch go through the file in batches.
 """
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def append_epoch(
         schema = _schema(old["epochs"] + 2, column, {**old, **(meta or {})})
         with _writer(path, schema) as writer:
             start = 0
-            for batch in file.iter_batches(_ROWS, columns=schema.names[:-1]):
+            for batch in _batches(file, path, schema.names[:-1]):
                 new = _losses(losses[start : start + len(batch)], np.dtype(column.to_pandas_dtype()), path)
                 arrays = [*(batch.column(name) for name in schema.names[:-1]), pa.array(new)]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
@@ -132,7 +133,7 @@ def read_scores(path: str | Path, *, epochs: int | None = None) -> Scores:
         record, tokens = np.empty(rows, np.int64), np.empty(rows, np.int32)
         losses = np.empty((epochs + 1, rows), dtype)
         start = 0
-        for batch in file.iter_batches(_ROWS, columns=names):
+        for batch in _batches(file, path, names):
             for name, target in zip(names, (record, tokens, *losses), strict=True):
                 values = batch.column(name)
                 if values.null_count and target.dtype.kind == "i":
@@ -182,6 +183,7 @@ def _writer(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         name: "DELTA_BINARY_PACKED" if name in ("record", "tokens") else "BYTE_STREAM_SPLIT" for name in schema.names
     }
     options = {"compression": "zstd", "use_dictionary": False, "column_encoding": encoding}
+    options["write_page_checksum"] = True
     with atomic_write(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         yield writer
 
@@ -189,13 +191,27 @@ def _writer(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 @contextmanager
 def _open(path: str | Path) -> Iterator[pq.ParquetFile]:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        _ = file.schema_arrow  # parsed when it is first asked for
     except FileNotFoundError:
         raise ValueError(f"{path}: no such scores file") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
     with file:
         yield file
+
+
+def _batches(file: pq.ParquetFile, path: str | Path, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """The rows, some at a time. What comes before the first of them says nothing of the pages behind it."""
+    batches = file.iter_batches(_ROWS, columns=names)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+        if batch is None:
+            return
+        yield batch
 
 
 def _meta(file: pq.ParquetFile, path: str | Path) -> dict[str, Any]:
@@ -204,13 +220,15 @@ def _meta(file: pq.ParquetFile, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a scores file (no {METADATA_KEY.decode()!r} metadata)")
     try:
         meta = json.loads(schema.metadata[METADATA_KEY])
-        known = meta["format"]
-        wanted = ["record", "tokens", *(f"loss_{epoch}" for epoch in range(meta["epochs"] + 1))]
+        known, epochs = meta["format"], meta["epochs"]
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or not 0 <= epochs < len(schema.names):
+            raise ValueError(f"epochs is {reprlib.repr(epochs)}, and there are {len(schema.names)} columns")
+        wanted = ["record", "tokens", *(f"loss_{epoch}" for epoch in range(epochs + 1))]
         _ = meta["fingerprint"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: broken {METADATA_KEY.decode()!r} metadata ({error!r})") from None
     if known != FORMAT:
-        raise ValueError(f"{path}: format {known} of the scores file is unknown, expected {FORMAT}")
+        raise ValueError(f"{path}: format {reprlib.repr(known)} of the scores file is unknown, expected {FORMAT}")
     missing = [name for name in wanted if name not in schema.names]
     if missing:
         raise ValueError(f"{path}: column {missing[0]} is missing, found {', '.join(schema.names)}")

@@ -330,3 +330,11 @@ def test_figures_of_validation_samples_are_not_passed_off_as_test(here, capsys, 
         assert run(capsys, "test", "--config", "c.yaml")[0] == 0
     line = error_of(capsys, "test", "--config", "c.yaml", "--data.validation", "0")
     assert line.endswith("test names no file, and there are no validation samples: set data.test to files")
+
+
+def test_lines_stay_readable_and_what_is_no_trainer_is_named(here, capsys, model_folder):
+    for trainer, said in ((None, "null"), ([{"max_epochs": 1}], "a list")):
+        (here / "c.yaml").write_text(json.dumps(json.loads(config(model_folder("llama"))) | {"trainer": trainer}))
+        assert f"trainer is {said}, expected arguments" in error_of(capsys, "fit", "--config", "c.yaml")
+    (here / "c.yaml").write_text(json.dumps([[{"data": {"train": ["train.jsonl"] * 1000}}]]))
+    assert len(error_of(capsys, "fit", "--config", "c.yaml")) < 1100

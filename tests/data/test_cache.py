@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from fuzz.engine import one_line
 from tiny import byte_tokenizer
 
 from lightning_itk.data import cache
@@ -170,6 +171,42 @@ def test_broken_cache_is_named(tmp_path: Path) -> None:
         TokenizedSource(tokenized.folder)
 
 
+@pytest.mark.parametrize("name", ["samples.arrow", "summary.json"])
+def test_no_damage_to_a_cache_is_taken_for_samples(tmp_path: Path, name: str) -> None:
+    made = tokenize(write(tmp_path, records(8)), ENCODER, 100, cache_dir=tmp_path)
+    file = made.folder / name
+    whole, expected = file.read_bytes(), content(made)
+    places = range(0, len(whole), 7)
+    for damaged in [whole[:0], *(whole[:i] + bytes(4) + whole[i + 4 :] for i in places), *(whole[:i] for i in places)]:
+        file.write_bytes(damaged)  # some of it once read memory that is nobody's
+        try:
+            found = TokenizedSource(made.folder)
+        except DataError as error:
+            one_line(error, f"{made.folder}: broken cache (")
+        else:
+            assert len(content(found)) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 7}, "8 samples, the summary says 7"),
+        ({"tokens": 1}, "tokens, the summary says 1"),
+        ({"records": "8"}, "values of the wrong type"),
+        ({"records": 3}, "a record number outside 0 to 2"),
+        ({"teachers": ["law"]}, "a teacher number outside 0 to 0"),
+        ({"teachers": [1, 2, 3]}, "teachers that are no text"),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+    ],
+)
+def test_a_summary_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    made = tokenize(write(tmp_path, records(8)), ENCODER, 100, cache_dir=tmp_path)
+    path = made.folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=message):
+        TokenizedSource(made.folder)
+
+
 def test_pages_are_handed_back(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = content(tokenize(source, ENCODER, 100, cache_dir=tmp_path))
     monkeypatch.setattr(tokenized, "_RELEASE_BYTES", 1000)
@@ -178,6 +215,7 @@ def test_pages_are_handed_back(tmp_path: Path, source: Source, monkeypatch: pyte
 
 SCRIPT = """
 import sys
+from fuzz.engine import one_line
 from tiny import byte_tokenizer
 from lightning_itk.data.cache import tokenize
 from lightning_itk.data.chat import ChatEncoder

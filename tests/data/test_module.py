@@ -23,7 +23,7 @@ from lightning_itk.cli.records import index_records
 from lightning_itk.data import InstructionDataModule
 from lightning_itk.data.records import DataError
 from lightning_itk.data.sources import Source
-from lightning_itk.data.subset import Subset
+from lightning_itk.data.subset import Subset, clusters_of
 from lightning_itk.selection.scores import write_scores
 
 
@@ -181,6 +181,23 @@ def test_clusters(folder: Path) -> None:
     subset.clusters = str(folder / "none.parquet")
     with pytest.raises(DataError, match="none.parquet: no such file"):
         module(folder, validation=0, subset=subset)
+
+
+@pytest.mark.parametrize(
+    ("columns", "meta", "message"),
+    [
+        ({"records": [0], "cluster": [0]}, None, "with the columns record and cluster: No match for FieldRef"),
+        ({"record": ["0"], "cluster": [0]}, None, "column record holds string"),
+        ({"record": [0, None], "cluster": [0, 1]}, None, "empty values, expected record numbers"),
+        ({"record": [0], "cluster": [0]}, "[]", "broken 'itk' metadata, expected an object"),
+    ],
+)
+def test_files_that_are_no_clusters(tmp_path: Path, columns: dict[str, Any], meta: str | None, message: str) -> None:
+    table = pa.table(columns)
+    pq.write_table(table.replace_schema_metadata({"itk": meta} if meta else None), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=message) as raised:
+        clusters_of(str(tmp_path / "c.parquet"), np.arange(2), "abc")
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_report_and_empty_sets(folder: Path, log: pytest.LogCaptureFixture) -> None:

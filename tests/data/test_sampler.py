@@ -205,3 +205,10 @@ def test_rows_take_and_split() -> None:
         assert len(split) == count
         assert np.concatenate([split[i] for i in range(count)]).tolist() == list(range(6))
     assert len(rows.split_to(99)) == 6
+
+
+def test_an_epoch_without_samples_has_no_batches() -> None:
+    for shuffle, pack_to in ((True, None), (False, 256)):
+        sources = [MixedSource(np.arange(1), 0.3)]
+        sampler = BatchSampler(LENGTHS, batch_size=2, accumulate=3, shuffle=shuffle, pack_to=pack_to, sources=sources)
+        assert len(sampler) == len(list(sampler)) == 0

@@ -310,3 +310,22 @@ def test_sources_of_the_wrong_type() -> None:
     ):
         with pytest.raises(DataError, match=message):
             as_sources(options)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"line\nbreak": 1},
+        {"\x1e": 1},
+        {f"field {i}": "x" for i in range(10_000)},
+        {"x" * 10_000: 1},
+        {"messages": [{"role": "long " * 1000, "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "a", "weight": ["long"] * 1000}]},
+        {"prompt": "q", "completion": "a", "is_domain": "long " * 1000},
+    ],
+)
+def test_what_is_shown_of_a_record_is_one_short_line(write: Write, record: Any) -> None:
+    with pytest.raises(DataError) as raised:
+        list(read(Source(write(lines([record])))))
+    assert len(str(raised.value).splitlines()) == 1
+    assert len(str(raised.value)) < 1000

@@ -218,6 +218,18 @@ def test_rows_without_keys_or_without_loss():
 
 
 @inside
+@pytest.mark.parametrize(("batch", "length"), [(0, 40), (0, 0), (2, 0)])
+def test_no_rows_at_all(batch, length):
+    leaves = [torch.randn(batch, 2, length, 8, requires_grad=True) for _ in range(4)]
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    for masks in ({}, {"row_mask": mask}, {"key_mask": mask}):
+        loss = attention_kl(*leaves, scale_student=1.0, scale_teacher=1.0, **masks)
+        loss.backward()
+        assert loss.item() == 0
+        assert leaves[1].grad.shape == leaves[1].shape
+
+
+@inside
 def test_blocks_without_kept_rows_are_never_read():
     """Queries of blocks that no kept row belongs to may hold anything: every kernel leaves them out."""
     tensors, options = problem(batch=1, length=70, heads=(2, 1, 2, 1))

@@ -433,3 +433,23 @@ def test_a_kind_without_a_formula_is_no_other_kind():
         divergence_and_gradient(*logits.log_softmax(-1), "unknown", 0.5, True)
     with pytest.raises(ValueError, match="kind must be 'forward', 'reverse' or 'jsd', got 'unknown'"):
         kl_divergence(*logits, kind="unknown")
+
+
+def test_what_torch_would_refuse_in_its_own_words():
+    x, w, y = torch.randn(4, 3), torch.randn(5, 3), torch.zeros(4, dtype=torch.long)
+    for call, message in (
+        (lambda: linear_divergence(lambda a, b, _: (a - b).sum(-1), x, w, x[:1], w, y), "4 rows and teacher_hidden 1"),
+        (lambda: cross_entropy(x, y.float()), "labels must be whole numbers, got torch.float32"),
+        (lambda: linear_cross_entropy(x, w, y > 0), "labels must be whole numbers, got torch.bool"),
+        (lambda: cross_entropy(torch.tensor(1.0), torch.tensor(0)), "got a single number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_labels_of_any_whole_type_and_a_single_row():
+    x, w, y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, -100, 4, 2])
+    for call in (lambda labels: cross_entropy(x @ w.T, labels), lambda labels: linear_cross_entropy(x, w, labels)):
+        assert call(y.int()) == call(y)
+    assert cross_entropy((x @ w.T)[0], y[0]) == cross_entropy((x @ w.T)[:1], y[:1])
+    assert kl_divergence(x[0], x[1]) == kl_divergence(x[:1], x[1:2])

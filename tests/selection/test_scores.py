@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fuzz.engine import one_line
 
 from lightning_itk.selection import scores as scores_module
 from lightning_itk.selection.scores import append_epoch, check_records, read_meta, read_scores, write_scores
@@ -122,6 +123,18 @@ NOTED = {b"itk": json.dumps({**META, "format": 1, "epochs": 0}).encode()}
         (["record"], {b"itk": b"[]"}, "broken 'itk' metadata"),
         (["record"], {b"itk": b'{"format": 1, "epochs": 0}'}, "broken 'itk' metadata.*fingerprint"),
         (["record"], {b"itk": b'{"format": 9, "epochs": 0, "fingerprint": ""}'}, "format 9 of the scores file"),
+        (
+            ["record"],
+            {b"itk": b'{"format": "\\n", "epochs": 0, "fingerprint": ""}'},
+            r"format '\\n' of the scores file",
+        ),
+        (
+            ["record"],
+            {b"itk": b'{"format": 1, "epochs": -1, "fingerprint": ""}'},
+            "epochs is -1, and there are 1 columns",
+        ),
+        (["record"], {b"itk": b'{"format": 1, "epochs": 1e30, "fingerprint": ""}'}, "epochs is 1e.30"),
+        (["record"], {b"itk": b'{"format": 1, "epochs": 999999999999999, "fingerprint": ""}'}, "epochs is 9{15}"),
     ],
 )
 def test_files_that_are_no_scores(tmp_path, names, meta, message):
@@ -141,6 +154,18 @@ def test_files_that_are_no_parquet(tmp_path, path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="not a Parquet file"):
         read_meta(path)
+
+
+def test_damage_anywhere_is_told_and_never_read_as_losses(path, arrays):
+    whole = path.read_bytes()
+    for place in range(4, len(whole) - 8, 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            read = read_scores(path)
+        except ValueError as error:
+            one_line(error, "scores.parquet")
+        else:
+            np.testing.assert_array_equal(read.losses, arrays[2])
 
 
 def test_empty_values(tmp_path):
