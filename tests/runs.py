@@ -103,13 +103,28 @@ class Seen(Callback):
         self.seen = state_dict
 
 
+def falling(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """A schedule without patience: the rate falls after every epoch."""
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=-1)
+
+
 def train_windows(
-    data: str, folder: Path, output: Path, when: str, resume: Path | None = None, interval: int = 7
+    data: str,
+    folder: Path,
+    output: Path,
+    when: str,
+    resume: Path | None = None,
+    interval: int = 7,
+    plateau: bool = False,
 ) -> None:
     """Two epochs with dropout, accumulation, a schedule and validation inside the epoch; saves that meet no window."""
     L.seed_everything(0)
     options = {"max_length": 96, "batch_size": 2, "num_proc": 1, "cache_dir": str(folder / "cache")}
-    saving = {"validation": {"every_n_epochs": 1}, "time": {"train_time_interval": timedelta(0)}}[when]
+    saving = {
+        "validation": {"every_n_epochs": 1},
+        "time": {"train_time_interval": timedelta(0)},
+        "epoch": {"save_on_train_epoch_end": True},
+    }[when]
     seen = Seen()
     callback = Numbered(folder / ("resumed" if resume else "saved"), save_top_k=-1, **saving)
     trainer = L.Trainer(
@@ -127,13 +142,14 @@ def train_windows(
     model = itk.SFTModule(
         tiny_model("llama", 0, attention_dropout=0.1),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        **({"lr_scheduler": falling} if plateau else {}),
     )
     datamodule = itk.InstructionDataModule(data, tokenizer=byte_tokenizer(), **options)
     trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     logged = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of the logs
-    torch.save(
-        {"weights": model.state_dict(), "step": trainer.global_step, "logged": logged, "seen": seen.seen}, output
-    )
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    result = {"weights": model.state_dict(), "step": trainer.global_step, "logged": logged, "seen": seen.seen}
+    torch.save(result | {"rate": rate}, output)
 
 
 def record(data: str, folder: Path, kill_after: int = 0, options: dict | None = None) -> None:

@@ -28,7 +28,7 @@ class ResumePoint:
         checkpoint["rng_states"] = rng_states(self._window if begun else rng_state(), trainer.world_size)
         if begun:
             rewind(checkpoint, begun)
-        self._restart.save(checkpoint, rewound=begun > 0)
+        self._restart.save(trainer, checkpoint, rewound=begun > 0)
 
     def load(self, trainer: L.Trainer | None, checkpoint: dict[str, Any]) -> None:
         """Note the random states; count batches as this run does.

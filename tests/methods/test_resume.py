@@ -1,5 +1,7 @@
 """kill -9 at any moment, resume, and end with the very same weights."""
 
+import functools
+
 import pytest
 import runs
 import torch
@@ -68,5 +70,22 @@ def test_a_checkpoint_resumes_to_the_bit_wherever_it_was_written(when, interval,
         assert result["step"] == expected["step"] == 14
         assert result["seen"] == expected["seen"], checkpoint.name
         assert result["logged"] == expected["logged"], checkpoint.name
+        for name, weight in expected["weights"].items():
+            assert weight.equal(result["weights"][name]), (checkpoint.name, name)
+
+
+@pytest.mark.parametrize(("when", "interval"), [("validation", 7), ("time", 7), ("epoch", 1.0)])
+def test_a_plateau_is_met_by_a_resumed_run_too(when, interval, data, tmp_path):
+    """The rate falls at the end of an epoch, by its last validation, wherever in the epoch the checkpoint was written."""
+    train = functools.partial(runs.train_windows, data, tmp_path, when=when, interval=interval, plateau=True)
+    train(tmp_path / "whole.pt")
+    expected = torch.load(tmp_path / "whole.pt", weights_only=True)
+    checkpoints = sorted(tmp_path.glob("saved/*.ckpt"))
+    if when == "time":  # before the last micro-batch of an epoch, after it, and in the middle of the next
+        checkpoints = [checkpoints[20], checkpoints[21], checkpoints[30]]
+    for checkpoint in checkpoints[:-1][:4]:  # not the end of the run
+        train(tmp_path / "resumed.pt", resume=checkpoint)
+        result = torch.load(tmp_path / "resumed.pt", weights_only=True)
+        assert result["rate"] == expected["rate"] == pytest.approx(1e-5), checkpoint.name
         for name, weight in expected["weights"].items():
             assert weight.equal(result["weights"][name]), (checkpoint.name, name)
