@@ -41,8 +41,9 @@ def attention_kl(
         scale_student, scale_teacher: factor on q · k.
         causal: a query sees no later key.
         window: keys that a query sees, itself included; needs causal.
-        cu_seqlens: int32 [segments + 1], boundaries over the B · S tokens laid end to end. Tokens attend within their
-            segment; the end of a batch row always ends a segment.
+        cu_seqlens: int32 or int64 [segments + 1], boundaries that rise from 0 to B · S over the tokens laid end to end.
+            Tokens attend within their segment; the end of a batch row always ends a segment. Not looked at here, as
+            that waits for the GPU: `lightning_itk.attention` does, once per batch.
         key_mask, row_mask: bool [B, S]; keys that may be seen, query rows that count. A row that sees no key counts 0.
         kind: "forward" or "reverse" (KL(student map || teacher map)).
         temperature: divides both scores; no T² here.

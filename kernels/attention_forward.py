@@ -201,7 +201,7 @@ def attention_forward_kernel(
             if MASKED:
                 x_s = tl.where(seen, x_s, HIDDEN)
                 x_t = tl.where(seen, x_t, HIDDEN)
-            m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, KIND, False, 1)
+            m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, None, KIND, False, 1)
 
     kept = kept & (l_t > 0) & (l_s > 0)
     l_s = tl.where(kept, l_s, 1.0)

@@ -1,4 +1,4 @@
-"""KL, reverse KL and Jensen-Shannon between rows of logits, with the gradient recomputed from three scalars per row.
+"""KL, reverse KL and Jensen-Shannon between rows of logits, with the gradient recomputed from five scalars per row.
 
 kl_divergence   the sum over kept rows
 kl_rows         one value per row, so that every row can carry its own upstream gradient; optionally in place
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .launch import KINDS, require
-from .rows import check_rows, row_strided, token_loss
+from .rows import STATS, check_rows, row_strided, token_loss
 
 
 def kl_divergence(
@@ -75,9 +75,9 @@ def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, kind: str, t
 def kl_forward(
     student: Tensor, teacher: Tensor, labels: Tensor | None, kind: str, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Values [N] and the statistics [N, 3] from which the gradient is recomputed."""
+    """Values [N] and the statistics [N, 5] from which the gradient is recomputed."""
     kl = student.new_empty(student.shape[0], dtype=torch.float32)
-    stats = student.new_empty(student.shape[0], 3, dtype=torch.float32)
+    stats = student.new_empty(student.shape[0], STATS.value, dtype=torch.float32)
     _launch(student, teacher, labels, kind, beta, temperature, kl=kl, stats=stats)
     return kl, stats
 
@@ -85,7 +85,7 @@ def kl_forward(
 @kl_forward.register_fake
 def _(student, teacher, labels, kind, beta, temperature):  # type: ignore[no-untyped-def]
     n = student.shape[0]
-    return student.new_empty(n, dtype=torch.float32), student.new_empty(n, 3, dtype=torch.float32)
+    return student.new_empty(n, dtype=torch.float32), student.new_empty(n, STATS.value, dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_itk::kl_backward", mutates_args=())

@@ -24,6 +24,7 @@ JSD = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 UPCAST = tl.constexpr(INTERPRET)  # the interpreter cannot multiply bf16
+TINY = tl.constexpr(1.2e-38)  # above the smallest normal fp32: no GPU flushes it to 0
 LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum: finite, so that differences of two are never nan
 
 

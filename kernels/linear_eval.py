@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import mixture_sums, online_update, sum_at_temperature_1
+from .divergence import log_probabilities, mixture_sums, online_update, sum_at_temperature_1
 from .launch import (
     IGNORE_INDEX,
     KINDS,
@@ -20,6 +20,7 @@ from .launch import (
     LOG2E,
     LOWEST,
     NONE,
+    TINY,
     architecture,
     dot,
     eval_tile,
@@ -76,7 +77,7 @@ def linear_eval_kernel(
     teacher,  # EvalHead
     order_ptr,  # [N] int64, rows with kept ones first
     labels_ptr,  # [N] int64, or None
-    lse_ptr,  # [2, N] fp32, log2-sum-exp of student and teacher: given, this is the second sweep of JSD
+    stats_ptr,  # [4, N] fp32, maximum and log2 of the sum of student and teacher: given, JSD's second sweep
     out_ptr,  # [splits, FIELDS, N] fp32
     n,
     v,
@@ -105,31 +106,36 @@ def linear_eval_kernel(
     l_1 = tl.zeros([BLOCK_M], tl.float32)
     a = tl.zeros([BLOCK_M], tl.float32)
     label_logit = tl.zeros([BLOCK_M], tl.float32)
-    if lse_ptr is not None:
-        m_s = tl.load(lse_ptr + rows, mask=live, other=0.0)
-        m_t = tl.load(lse_ptr + n + rows, mask=live, other=0.0)
+    log_s = m_s
+    log_t = m_t
+    if stats_ptr is not None:
+        m_s = tl.load(stats_ptr + rows, mask=live, other=0.0)
+        log_s = tl.load(stats_ptr + n + rows, mask=live, other=0.0)
+        m_t = tl.load(stats_ptr + 2 * n + rows, mask=live, other=0.0)
+        log_t = tl.load(stats_ptr + 3 * n + rows, mask=live, other=0.0)
 
     for tile in range(split * tiles_per_split, min((split + 1) * tiles_per_split, tl.cdiv(v, BLOCK_N))):
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        z = logits_tile(student, rows, cols, v, BLOCK_K)
-        if labels_ptr is not None and lse_ptr is None:
-            label_logit += tl.sum(tl.where(cols[None, :] == labels[:, None], z, 0.0), 1)
-        x_s = z * to_log2
+        x_s = logits_tile(student, rows, cols, v, BLOCK_K)
+        if labels_ptr is not None and stats_ptr is None:
+            label_logit += tl.sum(tl.where(cols[None, :] == labels[:, None], x_s, 0.0), 1)
         x_t = x_s
         if KIND != NONE:
-            x_t = to_log2 * logits_tile(teacher, rows, cols, v, BLOCK_K)
-        if lse_ptr is not None:
-            more_t, more_s = mixture_sums(x_t - m_t[:, None], x_s - m_s[:, None], beta, 1)
+            x_t = logits_tile(teacher, rows, cols, v, BLOCK_K)
+        if stats_ptr is not None:
+            lp = log_probabilities(x_t, m_t, log_t, to_log2, 1)
+            lq = log_probabilities(x_s, m_s, log_s, to_log2, 1)
+            more_t, more_s = mixture_sums(lp, lq, beta, 1)
             l_s -= more_t
             l_t -= more_s
         else:
             before = m_s
-            m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, KIND, True, 1)
+            m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, to_log2, KIND, True, 1)
             if KIND != NONE and labels_ptr is not None:
-                l_1 = sum_at_temperature_1(l_1, x_s, before, m_s, temperature, 1)
+                l_1 = sum_at_temperature_1(l_1, x_s, before, m_s, 1)
 
     out_ptr += split.to(tl.int64) * FIELDS * n + rows
-    if lse_ptr is not None:
+    if stats_ptr is not None:
         tl.store(out_ptr, l_s, mask=live)
         tl.store(out_ptr + n, l_t, mask=live)
     else:
@@ -179,11 +185,11 @@ def evaluate(
         for (x, w, bias), scale, cap in ((student, student_scale, student_cap), (teacher, teacher_scale, teacher_cap))
     ]  # fmt: skip
 
-    def sweep(lse: Tensor | None) -> Tensor:
+    def sweep(stats: Tensor | None) -> Tensor:
         out = torch.empty(splits, FIELDS.value, n, dtype=torch.float32, device=device)
         with guard(xs):
             linear_eval_kernel[(triton.cdiv(n, block_m), splits)](
-                *heads, order, labels, lse, out, n, v, per_split, float(temperature), float(beta),
+                *heads, order, labels, stats, out, n, v, per_split, float(temperature), float(beta),
                 KIND=KINDS[kind], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
@@ -191,24 +197,24 @@ def evaluate(
 
     m_s, l_s, m_t, l_t, a, l_1, z = sweep(None).unbind(1)  # each [splits, N]
     top_s, top_t = m_s.amax(0), m_t.amax(0)
-    d_s, d_t = top_s - m_s, top_t - m_t
-    sum_s, sum_t = (l_s * torch.exp2(-d_s)).sum(0), (l_t * torch.exp2(-d_t)).sum(0)
-    lse_s, lse_t = top_s + sum_s.log2(), top_t + sum_t.log2()
+    d_s, d_t = ((top - m) * (LOG2E.value / temperature) for top, m in ((top_s, m_s), (top_t, m_t)))
+    e_s, e_t = torch.exp2(-d_s), torch.exp2(-d_t)
+    sum_s, sum_t = (l_s * e_s).sum(0), (l_t * e_t).sum(0)
     kl = torch.zeros(n, dtype=torch.float32, device=device)
     if kind == "forward":
-        kl = (torch.exp2(-d_t) * (a - l_t * (d_t - d_s))).sum(0) / sum_t - sum_t.log2() + sum_s.log2()
+        kl = (e_t.clamp_min(TINY.value) * (a - l_t * (d_t - d_s))).sum(0) / sum_t + (sum_s / sum_t).log2()
     elif kind == "reverse":
-        kl = (torch.exp2(-d_s) * (a - l_s * (d_s - d_t))).sum(0) / sum_s - sum_s.log2() + sum_t.log2()
+        kl = (e_s.clamp_min(TINY.value) * (a - l_s * (d_s - d_t))).sum(0) / sum_s + (sum_t / sum_s).log2()
     elif kind == "jsd":
-        mixed = sweep(torch.stack([lse_s, lse_t])).sum(0)
+        mixed = sweep(torch.stack([top_s, sum_s.log2(), top_t, sum_t.log2()])).sum(0)
         kl = beta * mixed[0] + (1 - beta) * mixed[1]
     ce = torch.zeros_like(kl)
     if labels is not None:
-        lse_1 = lse_s
+        sum_1 = sum_s
         if kind != "none":
-            lse_1 = top_s * temperature + (l_1 * torch.exp2(-d_s * temperature)).sum(0).log2()
+            sum_1 = (l_1 * torch.exp2((m_s - top_s) * LOG2E.value)).sum(0)
         known = (labels >= 0) & (labels < v)
-        ce = LN2.value * lse_1 - torch.where(known, z.sum(0), float("-inf"))
+        ce = LN2.value * sum_1.log2() - (torch.where(known, z.sum(0), float("-inf")) - top_s)
     zero = torch.zeros_like(kl)
     return torch.where(kept, ce, zero), torch.where(kept, kl * (LN2.value * temperature**2), zero)
 

@@ -188,7 +188,7 @@ def linear_loss(
         ce_sum = ce.sum() if labels is not None else hidden.new_zeros((), dtype=torch.float32)
         kl_sum = kl.sum() if teacher is not None else hidden.new_zeros((), dtype=torch.float32)
         loss = torch.zeros_like(ce_sum)
-        if teacher is not None:
+        if teacher is not None and kl_weight != 0:  # 0 · inf would be nan
             loss = loss + kl_weight * kl_sum
         if labels is not None and ce_weight != 0:
             loss = loss + ce_weight * ce_sum

@@ -10,8 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import divergence, log_ratio, mixture_sums, online_update, sum_at_temperature_1
+from .divergence import (
+    divergence,
+    log_probabilities,
+    log_ratio,
+    mixture_sums,
+    online_update,
+    sum_at_temperature_1,
+)
 from .launch import FORWARD, JSD, KINDS, LN2, LOG2E, LOWEST, NONE, REVERSE, architecture, guard, row_tile, soft_cap
+
+STATS = tl.constexpr(5)  # what is saved of a row between its value and its gradient
 
 
 @triton.jit
@@ -32,10 +41,8 @@ def load_logits(model, cols):
 
 
 @triton.jit
-def running_sums(
-    student, teacher, lanes, v, to_log2, temperature, KIND: tl.constexpr, HAS_CE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Pass 1: log2-sum-exps of the student, the teacher and the student at temperature 1, and the KL in bits."""
+def running_sums(student, teacher, lanes, v, to_log2, KIND: tl.constexpr, HAS_CE: tl.constexpr, BLOCK: tl.constexpr):
+    """Pass 1: maxima of both rows; log2 of their sums and of the student's at temperature 1; the KL in bits."""
     m_s = LOWEST + 0.0  # running maxima m, sums l, and `a`, the shifted accumulator of Σ p · (log2 p/q)
     m_t = LOWEST + 0.0
     l_s = 0.0
@@ -43,35 +50,35 @@ def running_sums(
     l_1 = 0.0
     a = 0.0
     for start in range(0, v, BLOCK):
-        x_s = to_log2 * load_logits(student, start + lanes)
+        x_s = load_logits(student, start + lanes)
         x_t = x_s
         if KIND != NONE:
-            x_t = to_log2 * load_logits(teacher, start + lanes)
+            x_t = load_logits(teacher, start + lanes)
         before = m_s
-        m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, KIND, True, 0)
+        m_s, l_s, m_t, l_t, a = online_update(x_s, x_t, m_s, l_s, m_t, l_t, a, to_log2, KIND, True, 0)
         if KIND != NONE and HAS_CE:
-            l_1 = sum_at_temperature_1(l_1, x_s, before, m_s, temperature, 0)
-    lse_s = m_s + tl.log2(l_s)
-    lse_t = 0.0
-    lse_1 = lse_s  # without a KL the temperature is 1
+            l_1 = sum_at_temperature_1(l_1, x_s, before, m_s, 0)
+    log_s = tl.log2(l_s)
+    log_t = 0.0
+    log_1 = log_s  # without a KL the temperature is 1
     kl = 0.0
     if KIND != NONE:
-        lse_t = m_t + tl.log2(l_t)
+        log_t = tl.log2(l_t)
         if HAS_CE:
-            lse_1 = m_s * temperature + tl.log2(l_1)
+            log_1 = tl.log2(l_1)
         if KIND != JSD:
             kl = divergence(a, l_s, l_t, KIND)
-    return lse_s, lse_t, lse_1, kl
+    return m_s, log_s, m_t, log_t, log_1, kl
 
 
 @triton.jit
-def mixture_divergences(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK: tl.constexpr):
+def mixture_divergences(student, teacher, lanes, v, to_log2, m_s, log_s, m_t, log_t, beta, BLOCK: tl.constexpr):
     """Pass 2 of JSD: KL(p || m) and KL(q || m) in bits."""
     to_teacher = 0.0
     to_student = 0.0
     for start in range(0, v, BLOCK):
-        lq = -lse_s + to_log2 * load_logits(student, start + lanes)
-        lp = -lse_t + to_log2 * load_logits(teacher, start + lanes)
+        lq = log_probabilities(load_logits(student, start + lanes), m_s, log_s, to_log2, 0)
+        lp = log_probabilities(load_logits(teacher, start + lanes), m_t, log_t, to_log2, 0)
         more_t, more_s = mixture_sums(lp, lq, beta, 0)
         to_teacher -= more_t
         to_student -= more_s
@@ -80,11 +87,14 @@ def mixture_divergences(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta,
 
 @triton.jit
 def divergence_gradient(q, lq, lp, row_constant, factor, beta, KIND: tl.constexpr):
-    """factor · gradient by a = z_s / T; `row_constant` is L or KL(q || m), all logarithms are to base 2."""
+    """factor · gradient by a = z_s / T; `row_constant` is L or KL(q || m), all logarithms are to base 2.
+
+    An infinite reverse KL has no gradient: with a row constant of nan it is nan.
+    """
     if KIND == FORWARD:
         gradient = factor * (q - tl.exp2(lp))
     elif KIND == REVERSE:
-        gradient = factor * tl.where(q > 0, (q * LN2) * (lq - lp - row_constant), 0.0)
+        gradient = factor * ((q * LN2) * (tl.where(q > 0, lq - lp, 0.0) - row_constant))
     else:
         away = -tl.log2((1 - beta) + beta * tl.exp2(log_ratio(lp, lq))) - row_constant
         gradient = q * away * (factor * (1 - beta) * LN2)
@@ -101,7 +111,7 @@ def token_loss_kernel(  # an argument that is None takes no part
     upstream_ptr,  # [N] fp32, gradient of the objective by each row's KL
     kl_ptr,  # [N] fp32 out, T² · KL
     ce_ptr,  # [N] fp32 out
-    stats_ptr,  # [N, 3] fp32, log2-sum-exp of student and teacher, row constant of the gradient
+    stats_ptr,  # [N, 5] fp32: maximum and log2 of the sum, of the student and the teacher; the gradient's row constant
     grad_ptr,  # [N, V] out, gradient by the student's logits
     student_stride,
     teacher_stride,
@@ -137,7 +147,7 @@ def token_loss_kernel(  # an argument that is None takes no part
                 if ce_ptr is not None:
                     tl.store(ce_ptr + row, 0.0)
                 if stats_ptr is not None:
-                    tl.store(stats_ptr + row * 3 + tl.arange(0, 4), 0.0, mask=tl.arange(0, 4) < 3)
+                    tl.store(stats_ptr + row * STATS + tl.arange(0, 8), 0.0, mask=tl.arange(0, 8) < STATS)
             if grad_ptr is not None:
                 for start in range(0, grad_v, BLOCK):
                     cols = start + lanes
@@ -150,26 +160,34 @@ def token_loss_kernel(  # an argument that is None takes no part
         teacher = (teacher_ptr + row * teacher_stride, teacher_bias_ptr, teacher_scale, teacher_cap, v, readable)
     to_log2 = (1.0 / temperature) * LOG2E
     if LOAD_STATS:
-        lse_s = tl.load(stats_ptr + row * 3)
-        lse_t = tl.load(stats_ptr + row * 3 + 1)
-        row_constant = tl.load(stats_ptr + row * 3 + 2)
+        m_s = tl.load(stats_ptr + row * STATS)
+        log_s = tl.load(stats_ptr + row * STATS + 1)
+        m_t = tl.load(stats_ptr + row * STATS + 2)
+        log_t = tl.load(stats_ptr + row * STATS + 3)
+        row_constant = tl.load(stats_ptr + row * STATS + 4)
     else:
         HAS_CE: tl.constexpr = ce_ptr is not None
-        lse_s, lse_t, lse_1, kl = running_sums(student, teacher, lanes, v, to_log2, temperature, KIND, HAS_CE, BLOCK)
+        m_s, log_s, m_t, log_t, log_1, kl = running_sums(student, teacher, lanes, v, to_log2, KIND, HAS_CE, BLOCK)
         row_constant = kl
+        if KIND == REVERSE:
+            row_constant = tl.where(kl == float("inf"), float("nan"), kl)
         if KIND == JSD:
-            to_teacher, to_student = mixture_divergences(student, teacher, lanes, v, to_log2, lse_s, lse_t, beta, BLOCK)
-            row_constant = to_student
+            to_teacher, to_student = mixture_divergences(
+                student, teacher, lanes, v, to_log2, m_s, log_s, m_t, log_t, beta, BLOCK
+            )
+            row_constant = to_student + 0.0 * to_teacher  # nan where the teacher's logits are
             kl = beta * to_teacher + (1 - beta) * to_student
         if kl_ptr is not None:
             tl.store(kl_ptr + row, kl * (LN2 * temperature * temperature))
         if ce_ptr is not None:  # a label outside the vocabulary has probability 0: the loss is inf
             z_label = load_logits(student, tl.where(label < 0, v, label))
-            tl.store(ce_ptr + row, lse_1 * LN2 - z_label)
+            tl.store(ce_ptr + row, log_1 * LN2 - (z_label - m_s))
         if stats_ptr is not None:
-            tl.store(stats_ptr + row * 3, lse_s)
-            tl.store(stats_ptr + row * 3 + 1, lse_t)
-            tl.store(stats_ptr + row * 3 + 2, row_constant)
+            tl.store(stats_ptr + row * STATS, m_s)
+            tl.store(stats_ptr + row * STATS + 1, log_s)
+            tl.store(stats_ptr + row * STATS + 2, m_t)
+            tl.store(stats_ptr + row * STATS + 3, log_t)
+            tl.store(stats_ptr + row * STATS + 4, row_constant)
 
     if grad_ptr is not None:
         factor = kl_weight * temperature  # T² of the loss, 1/T of the chain rule
@@ -181,12 +199,14 @@ def token_loss_kernel(  # an argument that is None takes no part
             z_s = load_logits(student, cols)
             dz = tl.zeros([BLOCK], tl.float32)
             if KIND != NONE:
-                lq = to_log2 * z_s - lse_s
+                lq = log_probabilities(z_s, m_s, log_s, to_log2, 0)
                 q = tl.exp2(lq)
-                lp = -lse_t + to_log2 * load_logits(teacher, cols)
+                lp = log_probabilities(load_logits(teacher, cols), m_t, log_t, to_log2, 0)
                 dz = divergence_gradient(q, lq, lp, row_constant, factor, beta, KIND)
             if CE_GRAD:
-                dz += ce_weight * (tl.exp2(z_s * LOG2E - lse_1) - tl.where(cols == label, 1.0, 0.0))
+                dz += ce_weight * (
+                    tl.exp2(log_probabilities(z_s, m_s, log_1, LOG2E, 0)) - tl.where(cols == label, 1.0, 0.0)
+                )
             if student_cap is not None:
                 ratio = z_s / student_cap
                 dz *= 1.0 - ratio * ratio

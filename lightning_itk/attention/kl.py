@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_itk.attention.boundaries import check_boundaries
 from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.attention.tiled import tiled_attention_kl
 from lightning_itk.losses.implementation import Impl, resolve_impl
@@ -54,8 +55,9 @@ def attention_kl(
         scale_teacher: the same for the teacher; default 1 / sqrt(Dt).
         causal: a query sees no key after itself.
         window: how many keys a query sees, itself included (Hugging Face's `sliding_window`); needs `causal`.
-        cu_seqlens: boundaries of the segments over the flattened B * S tokens, from 0 to B * S. Tokens attend within
-            their segment only; the end of a row always ends a segment.
+        cu_seqlens: int32 or int64 boundaries of the segments over the flattened B * S tokens, rising from 0 to B * S.
+            Tokens attend within their segment only; the end of a row always ends a segment. A tensor on a GPU is waited
+            for once, so give every layer the same one.
         key_mask: False on keys that nobody sees (padding).
         row_mask: False on query rows that do not count; rows of the response, shifted like the labels, are True.
         kind: "forward" = KL(teacher || student), "reverse" = KL(student || teacher).
@@ -70,8 +72,8 @@ def attention_kl(
         The sum, a scalar; differentiable once with respect to the student's queries and keys.
 
     Raises:
-        ValueError: shapes that do not fit, head counts that do not divide, an unknown kind, or a temperature or window
-            that is not positive.
+        ValueError: shapes that do not fit, head counts that do not divide, boundaries that do not rise from 0 to B * S,
+            an unknown kind, or a temperature or window that is not positive.
         RuntimeError: `impl="triton"` where Triton cannot run; the message says why.
     """
     scale_student, scale_teacher = (
@@ -109,9 +111,8 @@ def layer_attention_kl(
         raise ValueError(
             f"attention_kl: window must be at least 1 and needs causal=True, found window={window}, {causal=}"
         )
-    bounds = masks.cu_seqlens
-    if bounds is not None and (bounds.dim() != 1 or bounds.is_floating_point()):
-        raise ValueError(f"attention_kl: cu_seqlens must be a 1-D integer tensor, found {tuple(bounds.shape)}")
+    if masks.cu_seqlens is not None:
+        check_boundaries(masks.cu_seqlens, student.q.shape[0] * student.q.shape[2])
     # None stays None: the kernels have faster tiles for heads that pair by construction.
     index = None if head_map is None else _checked_head_map(head_map, student.q.shape[1], teacher.q.shape[1])
     student, teacher = replace(student, window=window), replace(teacher, q=teacher.q.detach(), k=teacher.k.detach())

@@ -1,4 +1,13 @@
-"""Divergences between two distributions over the vocabulary: the formulas, and their gradients in closed form."""
+"""Divergences between two distributions over the vocabulary: the formulas, and their gradients in closed form.
+
+A logit of -inf is a token that a model does not have. The rule, here and in the Triton kernels:
+
+* KL(a || b) counts the tokens of a. One that b does not have makes it inf, however small its probability, as it makes a
+  cross-entropy whose label the student does not have. JSD is finite always.
+* The gradients are the formulas' own: forward, and for a label, q - p is finite also where the loss is inf. Reverse has
+  no gradient there: its row is nan.
+* A row in which a model has no token at all is nan.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -45,7 +54,7 @@ def divergence_rows(
     beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
-    """T² times the divergence of each row, differentiable in both logits. A logit of -inf is a token that is not there.
+    """T² times the divergence of each row, differentiable in both logits. The head of this file says what -inf means.
 
     forward: KL(teacher || student). reverse: KL(student || teacher). jsd, with M = beta * teacher + (1 - beta) *
     student: beta * KL(teacher || M) + (1 - beta) * KL(student || M), which is 0 at beta 0 and 1.
@@ -60,10 +69,11 @@ def divergence_rows(
     elif kind != "jsd":
         raise ValueError(f"there is no formula for kind {kind!r}")
     elif beta in (0.0, 1.0):
-        rows = 0.0 * _kl(log_p, log_q)
+        rows = 0.0 * (log_p.exp() + log_q.exp()).sum(-1)
     else:
         log_beta, log_rest = torch.tensor([beta, 1.0 - beta], dtype=torch.float64).log().tolist()
-        log_m = torch.logaddexp(log_p + log_beta, log_q + log_rest)
+        lowest = torch.finfo(log_q.dtype).min  # for a token that neither has: logaddexp of -inf has no gradient
+        log_m = torch.logaddexp(log_p.clamp_min(lowest) + log_beta, log_q.clamp_min(lowest) + log_rest)
         rows = beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
     return temperature**2 * rows
 
@@ -72,7 +82,13 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) of each row; a token that a does not have adds nothing, whatever b says."""
     absent = log_a == -torch.inf
     difference = (log_a - log_b).masked_fill(absent, 0.0)
-    return (log_a.exp() * difference).sum(-1)
+    a = log_a.exp().clamp_min(torch.finfo(log_a.dtype).tiny)  # 0 times a difference of inf would be nan
+    return (a * difference).sum(-1)
+
+
+def _lacking(difference: Tensor) -> Tensor:
+    """Rows with a token that a has and b has not, from log a - log b of `log_probabilities`, where it is finite."""
+    return difference.amax(-1) > torch.finfo(difference.dtype).max / 2
 
 
 def log_probabilities(logits: Float[Tensor, "N V"], temperature: float = 1.0) -> Float[Tensor, "N V"]:
@@ -96,17 +112,20 @@ def divergence_and_gradient(
     """
     if kind == "forward":
         p = log_p.exp()
-        rows = (p * log_p.sub_(log_q)).sum(-1)
+        rows = (p * log_p.sub_(log_q)).sum(-1).masked_fill_(_lacking(log_p), torch.inf)
         return rows, log_q.exp_().sub_(p) if with_gradient else None
     q = log_q.exp()
     if kind == "reverse":
-        terms = log_q.sub_(log_p).mul_(q)
+        lacking = _lacking(log_q.sub_(log_p))
+        terms = log_q.mul_(q)
         rows = terms.sum(-1)
-        return rows, terms.sub_(q.mul_(rows[..., None])) if with_gradient else None
+        gradient = terms.sub_(q.mul_(rows.masked_fill(lacking, torch.nan)[..., None])) if with_gradient else None
+        return rows.masked_fill_(lacking, torch.inf), gradient
     if kind != "jsd":
         raise ValueError(f"there is no formula for kind {kind!r}")
     if beta in (0.0, 1.0):
-        return torch.zeros_like(q[..., 0]), q.zero_() if with_gradient else None
+        nothing = 0.0 * log_p.exp_().add_(q).sum(-1)  # 0, or nan where there is one
+        return nothing, q.mul_(nothing[..., None]) if with_gradient else None
     # From the log-ratio, which is small where the distributions are close. Beyond e^80 one of them weighs nothing.
     p, ratio = log_p.exp(), log_p.sub_(log_q).clamp_(-80.0, 80.0)
     q_to_m = ratio.exp().mul_(beta).add_(1.0 - beta).log_().neg_()
@@ -120,7 +139,8 @@ def label_loss_and_gradient(
     log_q: Float[Tensor, "N V"], labels: Int[Tensor, " N"], with_gradient: bool
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"] | None]:
     """Summed cross-entropy and its gradient q - onehot by the logits, which takes the place of `log_q`."""
-    total = -log_q.gather(1, labels[:, None]).sum()
+    own = log_q.gather(1, labels[:, None])
+    total = -own.masked_fill(own <= torch.finfo(own.dtype).min, -torch.inf).sum()
     if not with_gradient:
         return total, None
     return total, log_q.exp_().scatter_add_(1, labels[:, None], log_q.new_full((1, 1), -1.0).expand(len(labels), 1))
@@ -153,7 +173,9 @@ def distillation_loss(
         gradient = gradient.mul_(factor) if factor != 1.0 else gradient
         if d_ce is not None:
             gradient.add_(d_ce, alpha=how.ce_weight)
-    return how.ce_weight * ce + how.kl_weight * kl, torch.stack([ce, kl]), gradient
+    terms = ((how.ce_weight, ce), (how.kl_weight, kl))
+    loss = sum((weight * term for weight, term in terms if weight), kl.new_zeros(()))  # 0 · inf would be nan
+    return loss, torch.stack([ce, kl]), gradient
 
 
 def _one_of(names: tuple[str, ...]) -> str:

@@ -56,7 +56,7 @@ class Restart:
         trainer.fit_loop._restarting = False  # nothing but the plateau at the end of this epoch would ask
         trainer.callback_metrics.update(self._metrics)
         for config in trainer.lr_scheduler_configs if self._owes_plateau else ():
-            plateau = isinstance(config.scheduler, ReduceLROnPlateau) and config.interval == "epoch"
-            if plateau and trainer.current_epoch % config.frequency == 0 and config.monitor in self._metrics:
-                config.scheduler.step(self._metrics[config.monitor])
+            due = config.interval == "epoch" and trainer.current_epoch % config.frequency == 0
+            if due and isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor in self._metrics:
+                config.scheduler.step(float(self._metrics[config.monitor]))
         self._owes = self._rewound = self._owes_plateau = False

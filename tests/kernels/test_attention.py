@@ -164,6 +164,22 @@ def test_the_public_function_lets_the_kernels_pair_heads(monkeypatch):
 
 
 @inside
+@pytest.mark.parametrize("bounds", [[0, 30], [3, 40], [0, 25, 13, 40], [0.0, 40.0], [[0, 40]]], ids=str)
+def test_both_engines_refuse_bad_boundaries_alike(bounds):
+    """The kernels would read them as they are: cut off, or of no order."""
+    import lightning_itk.attention as public
+
+    tensors, options = problem(length=20)
+    messages = []
+    for impl in ("triton", "torch"):
+        with pytest.raises(ValueError, match="attention_kl: cu_seqlens must") as error:
+            public.attention_kl(*tensors, **options, cu_seqlens=torch.tensor(bounds), impl=impl)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0]
+
+
+@inside
 def test_explicit_head_map():
     tensors, options = problem(heads=(2, 1, 4, 2), length=33)
     check(tensors, options | {"head_map": torch.tensor([[3, 0], [1, 1]])})

@@ -176,7 +176,7 @@ def eval_cases(arch: str) -> Iterator[Case]:
         x, bias, cap = f"*{dtype}", f"*{dtype}" if mixture else None, "fp32" if mixture else None
         head = linear_eval.EvalHead(x, x, bias, "stride", "stride", "stride", "fp32", cap, True, precision)
         arguments = {"student": head, "teacher": head, "order_ptr": "*i64", "labels_ptr": "*i64", "out_ptr": "*fp32"}
-        arguments |= {"lse_ptr": "*fp32" if mixture else None, "n": "i32", "v": "i32", "tiles_per_split": "i32"}
+        arguments |= {"stats_ptr": "*fp32" if mixture else None, "n": "i32", "v": "i32", "tiles_per_split": "i32"}
         arguments |= {"temperature": "fp32", "beta": "fp32", "KIND": launch.KINDS[kind]}
         arguments |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
         name = f"eval {dtype} {kind} {(block_m, block_n, block_k, warps, stages)}"

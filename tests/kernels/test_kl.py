@@ -175,7 +175,7 @@ def test_registered_operators_and_compile():
     arguments = (student, teacher, torch.tensor([1, -100, 2]), "forward", 0.5, 2.0)
     torch.library.opcheck(kl_forward, arguments)
     torch.library.opcheck(
-        kl_backward, (torch.ones(3), student.detach(), *arguments[1:3], torch.zeros(3, 3), "jsd", 0.5, 2.0)
+        kl_backward, (torch.ones(3), student.detach(), *arguments[1:3], torch.zeros(3, 5), "jsd", 0.5, 2.0)
     )
     compiled = torch.compile(
         lambda s: kl_divergence(s, teacher, temperature=2.0) * 3, backend="aot_eager", fullgraph=True

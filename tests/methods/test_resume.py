@@ -76,7 +76,7 @@ def test_a_checkpoint_resumes_to_the_bit_wherever_it_was_written(when, interval,
 
 @pytest.mark.parametrize(("when", "interval"), [("validation", 7), ("time", 7), ("epoch", 1.0)])
 def test_a_plateau_is_met_by_a_resumed_run_too(when, interval, data, tmp_path):
-    """The rate falls at the end of an epoch, by its last validation, wherever in the epoch the checkpoint was written."""
+    """The rate falls at the end of an epoch, wherever in the epoch the checkpoint was written."""
     train = functools.partial(runs.train_windows, data, tmp_path, when=when, interval=interval, plateau=True)
     train(tmp_path / "whole.pt")
     expected = torch.load(tmp_path / "whole.pt", weights_only=True)
