@@ -3,6 +3,8 @@
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lightning_itk.data.chat import Encoded
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -102,6 +104,12 @@ def make_tokenizer(template: str | None = None, kind: str = "bytes", bos: bool =
 
 def chat(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def learned_texts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> list[str]:
+    """What each span adds to the decoded text (decoding a span alone would lose a leading space)."""
+    ids = encoded.input_ids
+    return [tokenizer.decode(ids[:end])[len(tokenizer.decode(ids[:start])) :] for start, end in encoded.spans]
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerFast:

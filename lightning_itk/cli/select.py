@@ -12,6 +12,7 @@ from lightning_itk.cli.records import check_output, column_value, index_records,
 from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sources import Sources, as_sources
 from lightning_itk.data.subset import clusters_of, epochs_needed
+from lightning_itk.data.tools import Tools
 from lightning_itk.selection.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
 from lightning_itk.selection.percentage import Metric, Order, describe, sample_scores, select
 from lightning_itk.selection.scores import Scores, check_records, read_meta, read_scores
@@ -27,6 +28,7 @@ def select_records(
     clusters: int | str | None = None,
     embedder: str = DEFAULT_EMBEDDER,
     invalid: Invalid = "refuse",
+    tools: Tools = "refuse",
     seed: int = 0,
 ) -> None:
     """Choose records by recorded scores and write them to a file, with a picture of the choice beside it.
@@ -42,6 +44,7 @@ def select_records(
             the records, or a Parquet file with the columns record and cluster.
         embedder: sentence-transformers model for a number of clusters.
         invalid: drop = pass over records that cannot be used, as the data module did with data.invalid drop.
+        tools: learn = take records with tools, as the data module did with data.tools learn.
         seed: Of random choices and of k-means.
     """
     sources, console = as_sources(data), Console()
@@ -57,7 +60,7 @@ def select_records(
     keep = text_to_embed if isinstance(clusters, int) else None
     if isinstance(clusters, str) and not clusters.endswith(".parquet"):
         keep = column_value(clusters)  # type: ignore[assignment]
-    found = index_records(sources, keep, invalid)
+    found = index_records(sources, keep, invalid, tools)
     recorded = read_scores(scores, epochs=epochs_needed(ranked))
     check_records(recorded, found.fingerprint)
     values = sample_scores(ranked, recorded.losses, recorded.tokens)

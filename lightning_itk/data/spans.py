@@ -34,9 +34,9 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that a model continues with the next assistant turn."""
-        text = self._render([messages], add_generation_prompt=True)[0] + self._missing_header
-        _check_tools(messages, text, text)
-        return text
+        text = self._render([messages], add_generation_prompt=True)[0]
+        self._check_tools(messages, text, text, add_generation_prompt=True)
+        return text + self._missing_header
 
     def render(self, conversations: Sequence[Sequence[Message]], marks: Marks | None = None) -> list[tuple[str, Spans]]:
         """The text of each conversation and the character spans that are learned in it; marks: that none holds."""
@@ -62,8 +62,8 @@ class Renderer:
             if self._writes_before_answer:
                 spans_ = self._from_generation_prompt(messages, text, spans_)
             learn = [messages[turn].get("learn", "") for turn in _assistant_turns(messages)]
+            self._check_tools(messages, text, "".join(text[start:end] for start, end in spans_))
             text, spans_ = self._with_stops(text, spans_, ended=learn[-1:] != ["words"])
-            _check_tools(messages, text, "".join(text[start:end] for start, end in spans_))
             if "nothing" in learn:
                 if len(spans_) != len(learn):
                     raise ValueError("the chat template does not mark every assistant turn, so weight 0 cannot be kept")
@@ -92,6 +92,16 @@ class Renderer:
         if prompt == bare:
             return before[len(prompt) :], False, written  # the template ignores add_generation_prompt
         return "", not self._has_generation_marks, written  # e.g. Qwen 3 writes an empty <think> block into the answer
+
+    def _check_tools(self, messages: Sequence[Message], text: str, said: str, **options: bool) -> None:
+        """Refuse a template that leaves out tools, or calls from what the assistant says."""
+        calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+        if missing := next((name for name in calls if name not in said), None):
+            raise ValueError(f"the chat template does not write tool calls: nothing is said of the call of {missing!r}")
+        if messages[0].get("tools"):
+            without = {key: value for key, value in messages[0].items() if key != "tools"}
+            if self._render([[without, *messages[1:]]], **options)[0] == text:
+                raise ValueError("the chat template does not write tools: its text is the same without them")
 
     def _search_spans(self, messages: Sequence[Message], text: str, marks: Marks, *, calls: bool) -> Spans:
         """Spans of a conversation whose template trims or rewrites contents, or that calls tools."""
@@ -153,23 +163,13 @@ def _assistant_turns(messages: Sequence[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _check_tools(messages: Sequence[Message], text: str, said: str) -> None:
-    """Refuse a template that leaves out tools, or calls from what the assistant says."""
-    calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
-    if missing := next((name for name in calls if name not in said), None):
-        raise ValueError(f"the chat template does not write tool calls: nothing is said of the call of {missing!r}")
-    tools = [tool["function"]["name"] for message in messages[:1] for tool in message.get("tools", ())]
-    if missing := next((name for name in tools if name not in text), None):
-        raise ValueError(f"the chat template does not write tools: {missing!r} is not in its text")
-
-
 def _mark(messages: Sequence[Message], marks: Marks, *, keep_outside: bool = False) -> list[Message]:
     marked = []
     for message in messages:
         if message["role"] == "assistant":
             content = message["content"]
             core = content.strip() if keep_outside else content
-            before, _, after = content.partition(core)
+            before, _, after = content.partition(core) if core else ("", "", content)
             message = {**message, "content": f"{before}{marks[_OPEN]}{core}{marks[_CLOSE]}{after}"}
         marked.append(message)
     return marked

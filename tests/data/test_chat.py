@@ -1,18 +1,10 @@
 import numpy as np
 import pytest
-from templates import CHATML, GEMMA, QWEN3, TEMPLATES, ZEPHYR, chat, make_tokenizer
-from transformers import PreTrainedTokenizerFast
+from templates import CHATML, GEMMA, QWEN3, TEMPLATES, ZEPHYR, chat, learned_texts, make_tokenizer
 
 from lightning_itk.batch import IGNORE_INDEX
 from lightning_itk.data.chat import ChatEncoder, Encoded
 from lightning_itk.data.template import ALPACA_TEMPLATE, ensure_chat_template
-
-
-def learned_texts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> list[str]:
-    """What each span adds to the decoded text (decoding a span alone would lose a leading space)."""
-    ids = encoded.input_ids
-    return [tokenizer.decode(ids[:end])[len(tokenizer.decode(ids[:start])) :] for start, end in encoded.spans]
-
 
 ANSWERS = [
     ("plain words",),
