@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
-from templates import CHATML, GEMMA, QWEN3, TEMPLATES, ZEPHYR, chat, learned_texts, make_tokenizer
+from templates import CHATML, GEMMA, QWEN3, TEMPLATES, ZEPHYR, chat, learned_texts, make_tokenizer, unigram_tokenizer
 
 from lightning_itk.batch import IGNORE_INDEX
+from lightning_itk.data import special_tokens
 from lightning_itk.data.chat import ChatEncoder, Encoded
+from lightning_itk.data.records import check
 from lightning_itk.data.template import ALPACA_TEMPLATE, ensure_chat_template
 
 ANSWERS = [
@@ -180,3 +182,81 @@ def test_turns_that_are_not_learned_and_ends_that_are_not(name: str) -> None:
     assert last.input_ids.tolist() == cut.input_ids.tolist()
     common = min(len(cut.input_ids), len(whole.input_ids))  # an EOS is not even written where the template writes none
     assert cut.input_ids[:common].tolist() == whole.input_ids[:common].tolist()
+
+
+# As https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py has them.
+PROMPT_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+PROMPT_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_the_fallback_is_stanfords_prompt(kind: str) -> None:
+    tokenizer = make_tokenizer(kind=kind)
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.template_origin == "the Alpaca prompt, as the tokenizer has no other"
+    for record in (
+        {"instruction": "Add\nthem ", "input": " 2\n\n3", "output": "5"},
+        {"instruction": "Add\n\n2", "input": "", "output": "x"},
+        {"instruction": "{{ 1 }}</s>", "context": "### Response:", "output": "y</s>"},
+    ):
+        fields = {"input": record.get("context", ""), **record}
+        prompt = (PROMPT_INPUT if fields["input"] else PROMPT_NO_INPUT).format_map(fields)
+        messages, _ = check(record, {})
+        text, (span,) = encoder.render([messages])[0]
+        assert (text[: span[0]], text[span[0] :]) == (prompt, record["output"] + "</s>")
+        assert encoder.prompt(messages[:1]) == prompt
+        (encoded,) = encoder.encode([messages])
+        assert learned_texts(tokenizer, encoded)[0].endswith(record["output"] + "</s>")
+        ids = encoder.prompt_ids(messages[:1]).tolist()
+        assert ids == encoded.input_ids[: len(ids)].tolist()
+    # Other templates see one text, and the digest of such a record is what it was.
+    assert ChatEncoder(make_tokenizer(CHATML)).prompt(messages[:1]).count("{{ 1 }}</s>\n\n### Response:<|im_end|>") == 1
+
+
+def test_many_turns_under_the_alpaca_prompt() -> None:
+    encoder = ChatEncoder(make_tokenizer())
+    first, _ = check({"instruction": "a", "input": "b", "output": "c"}, {})
+    text, spans = encoder.render([[{"role": "system", "content": "s"}, *first, *chat("d", "e")]])[0]
+    assert text == (
+        "s\n\n### Instruction:\na\n\n### Input:\nb\n\n### Response:c</s>\n\n### Instruction:\nd\n\n### Response:e</s>"
+    )
+    assert [text[start:end] for start, end in spans] == ["c</s>", "e</s>"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml marked", "llama 3", "mistral", "alpaca"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "unigram"])
+def test_only_the_beginning_of_a_long_text_is_tokenized(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, spans and reasons as of the whole text, wherever the cut falls."""
+    tokenizer = unigram_tokenizer() if kind == "unigram" else make_tokenizer(None, kind)
+    tokenizer.chat_template = TEMPLATES[name][0]
+    encoder = ChatEncoder(tokenizer)
+    words, run = "the answer is four, <b> größe 東京 123 " * 200, "ab" * 4000
+    conversations = [
+        chat("q", words),
+        chat(words, "a"),
+        chat("q", run),
+        chat(*("q w", "a <|im_end|> b") * 300),
+        chat("q", "</s>" * 3000, "q", "a"),
+        chat("q", "a"),
+    ]
+    whole = encoder.encode(conversations)
+    monkeypatch.setattr(special_tokens, "_NEAR_THE_CUT", 40)
+    for characters in (2, 3):
+        monkeypatch.setattr(special_tokens, "_CHARACTERS", characters)
+        for limit in (2, 50, 333):
+            for long, short in zip(whole, encoder.encode(conversations, limit), strict=True):
+                assert len(short.input_ids) <= limit + 1
+                assert len(short.spans) == len(long.spans)
+                assert (len(short.input_ids) > limit) == (len(long.input_ids) > limit)
+                for one, other in zip(short.truncated(limit), long.truncated(limit), strict=True):
+                    assert one.tolist() == other.tolist()
+            ids = encoder.prompt_ids(conversations[1][:1], limit).tolist()
+            assert ids == encoder.prompt_ids(conversations[1][:1]).tolist()[: limit + 1]
