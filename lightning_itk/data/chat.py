@@ -74,13 +74,15 @@ class ChatEncoder:
         self._backend.no_padding()
         added = list(tokenizer.added_tokens_decoder.values())
         stops = set(tokenizer.all_special_tokens)
-        stops |= {t.content for t in added if t.special or re.fullmatch(r"<.+>|\[.+\]", t.content)}
+        named = {t.content for t in added if re.fullmatch(r"<.+>|\[.+\]", t.content)}  # others may be white space
+        stops |= named | {t.content for t in added if t.special}
         if tokenizer.bos_token != tokenizer.eos_token:
             stops.discard(tokenizer.bos_token)
         self._renderer = Renderer(self._template, stops, tokenizer.eos_token)
         # Of the tokens that are added but not special, those by which the template builds turns; others, such as
         # <think>, are words of the answers.
-        guarded = [t.content for t in added if t.special or t.content in self._renderer.written]
+        guarded = {name for name in named if name in self._renderer.written}
+        guarded |= {t.content for t in added if t.special}
         self._names = SpecialNames(self._backend, guarded if special_tokens == "text" else ())
 
     def fingerprint(self) -> str:

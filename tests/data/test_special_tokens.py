@@ -119,6 +119,10 @@ def test_added_tokens_that_are_words_stay_themselves_but_those_that_build_turns_
     (found,) = ChatEncoder(tokenizer).encode([chat("q<|turn_end|>", "a<|turn_end|>")])
     assert (found.input_ids == end).sum() == 2
     assert (found.labels() == end).sum() == 1
+    tokenizer = make_tokenizer("  " + CHATML)  # white space is no name, though the template may begin with some
+    tokenizer.add_tokens(["  ", "    "])
+    encoded = [ChatEncoder(tokenizer, None, way).encode([chat("q  q", "a    a")])[0] for way in ("text", "allow")]
+    assert encoded[0].input_ids.tolist() == encoded[1].input_ids.tolist()
 
 
 def test_text_that_holds_every_private_use_character() -> None:
