@@ -249,7 +249,6 @@ class InstructionDataModule(L.LightningDataModule):
                 except ValueError as error:
                     raise DataError(f"{self._tokenizer}: no tokenizer could be loaded: {error}") from error
             self._encoder = ChatEncoder(self._tokenizer, self._chat_template, self.special_tokens)
-            rank_zero_info(f"chat template: {self._encoder.template_origin}")
         return self._encoder
 
     def _tokenized(self, name: str, *, progress: bool) -> list[TokenizedSource]:
@@ -273,6 +272,8 @@ class InstructionDataModule(L.LightningDataModule):
             tokenized = self._tokenized(name, progress=False)
             self._sets[name] = SampleSet(tokenized, [source.teacher for source in self.sources[name]])
             report(name, [source.summary for source in tokenized], self.max_length)
+            if len(self._sets) == 1:
+                rank_zero_info(f"chat template: {self.encoder.template_origin}")
         return self._sets[name]
 
     def _split(self) -> None:

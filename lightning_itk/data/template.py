@@ -43,7 +43,9 @@ ALPACA_TEMPLATE = (
 )
 """The plain prompt of tokenizers that bring no chat template: Stanford Alpaca's byte for byte, for many turns."""
 
-_WORK, _WORK_PER_CHARACTER, _WORK_PER_STEP = 10_000_000, 100, 100
+# What a template may do: for any conversation, for each character and each message of it (templates that look back from
+# every message take quadratic time), in characters that are made; and what a turn of a loop counts.
+_WORK, _PER_CHARACTER, _PER_MESSAGE, _STEP = 10_000_000, 100, 20_000, 25
 _BUDGET = "work left"  # no name that a template could use
 
 
@@ -104,7 +106,8 @@ class ChatTemplate:
         for messages in conversations:
             blocks: list[str] = []
             found: Spans = []
-            budget = [_WORK + _WORK_PER_CHARACTER * sum(len(message["content"]) for message in messages)]
+            characters = sum(len(message["content"]) for message in messages)
+            budget = [_WORK + _PER_CHARACTER * characters + _PER_MESSAGE * len(messages)]
             values = {
                 "messages": [{k: v for k, v in m.items() if k not in ("learn", "tools")} for m in messages],
                 "tools": messages[0].get("tools") if messages else None,
@@ -188,7 +191,7 @@ class _Meter(NodeTransformer):
 
     def _step(self, body: Sequence[nodes.Node]) -> Any:
         words = sum(len(data.data) for node in body for data in node.find_all(nodes.TemplateData))
-        return nodes.Filter(nodes.Const(_WORK_PER_STEP + words), "itk_step", [], [], None, None)
+        return nodes.Filter(nodes.Const(_STEP + words), "itk_step", [], [], None, None)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)

@@ -63,7 +63,7 @@ def test_a_template_that_never_ends_is_one_line(source: str) -> None:
     start = time.perf_counter()
     with pytest.raises(ValueError, match="does not come to an end: it was stopped after more work") as raised:
         ChatTemplate(source, {}).render([chat("q", "a")])
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 30
     assert "\n" not in str(raised.value)
 
 
@@ -81,6 +81,8 @@ def test_broken_and_recursive_templates_are_one_line() -> None:
 
 def test_long_conversations_are_no_endless_ones() -> None:
     conversation = chat(*("word " * 50 for _ in range(2000)))
+    looks_back = "{% for m in messages %}{% for n in messages[:loop.index] %}{% if n.role == 'x' %}{{ 1 }}{% endif %}"
+    ChatTemplate(looks_back + "{% endfor %}{{ m.content }}{% endfor %}", {}).render([conversation[:1000]])
     for source, *_ in TEMPLATES.values():
         if source is not None:
             ChatTemplate(source, {"bos_token": "", "eos_token": ""}).render([conversation])
