@@ -14,6 +14,7 @@ from lightning_itk.choice.statistics import SampleStatistics, sample_statistics
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.records import RESPONSES, DataError, Message, Record, check
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
+from lightning_itk.data.tools import Tools
 from lightning_itk.losses.chunked import linear_token_scores
 from lightning_itk.models.hidden import hidden_states
 
@@ -37,7 +38,11 @@ class Candidates(NamedTuple):
 
 
 def read_candidates(
-    files: Mapping[str, Source], *, reward_column: str | None = None, missing: Missing = "refuse"
+    files: Mapping[str, Source],
+    *,
+    reward_column: str | None = None,
+    missing: Missing = "refuse",
+    tools: Tools = "refuse",
 ) -> Candidates:
     """Read every candidate's file and match them by prompt, whatever the order of their records.
 
@@ -46,6 +51,7 @@ def read_candidates(
         reward_column: where the reward of each response is; None = rewards come from elsewhere and are nan here.
         missing: drop = keep the prompts that are in every file; a response or reward that is not there becomes None
             or nan.
+        tools: learn = take responses that call tools.
 
     Raises:
         DataError: fewer than two candidates, other prompts than the first candidate's, no common prompt; a missing
@@ -53,7 +59,7 @@ def read_candidates(
     """
     if len(files) < 2:
         raise DataError(f"choosing takes at least two candidates, found {len(files)}")
-    tables = {name: _read(source, reward_column, missing) for name, source in files.items()}
+    tables = {name: _read(source, reward_column, missing, tools) for name, source in files.items()}
     (first, table), *others = tables.items()
     for name, other in others:
         for here, there, mine, theirs in ((first, name, table, other), (name, first, other, table)):
@@ -73,14 +79,16 @@ def read_candidates(
     )
 
 
-def _read(source: Source, reward_column: str | None, missing: Missing) -> dict[tuple[bytes, int], RatedResponse]:
+def _read(
+    source: Source, reward_column: str | None, missing: Missing, tools: Tools
+) -> dict[tuple[bytes, int], RatedResponse]:
     """Answers by prompt; a prompt that comes again counts as another one."""
     found: dict[tuple[bytes, int], RatedResponse] = {}
     for chunk in read_chunks(source):
-        for record in parse_chunk(chunk, source, need_response=False):
+        for record in parse_chunk(chunk, source, need_response=False, tools=tools):
             original = chunk.original(record)
             answer = RatedResponse(
-                _conversation(original, record, source.columns or {}, missing),
+                _conversation(original, record, source.columns or {}, missing, tools),
                 math.nan if reward_column is None else _reward(original, reward_column, record.place, missing),
                 record.place,
                 original.get("finished") is not False,
@@ -93,10 +101,10 @@ def _read(source: Source, reward_column: str | None, missing: Missing) -> dict[t
 
 
 def _conversation(
-    original: dict[str, Any], record: Record, columns: Mapping[str, str], missing: Missing
+    original: dict[str, Any], record: Record, columns: Mapping[str, str], missing: Missing, tools: Tools
 ) -> list[Message] | None:
     try:
-        return check(original, columns)[0]
+        return check(original, columns, tools=tools)[0]
     except DataError as error:
         if missing == "drop" and _is_empty(original, columns):
             return None
@@ -150,7 +158,7 @@ def response_statistics(
         Means over the response tokens [conversations], stop token included; nan where the cut leaves none.
     """
     samples = []
-    for number, encoded in enumerate(encoder.encode(conversations)):
+    for number, encoded in enumerate(encoder.encode(conversations, max_length)):
         cut = encoded._replace(spans=encoded.spans[-1:]).truncated(max_length)
         samples.append(Sample(cut.input_ids, cut.labels(), number))
     lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)

@@ -7,7 +7,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification
 
+from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.records import Message
+from lightning_itk.data.special_tokens import SpecialTokens
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.loading import DType, MissingWeights, load_model
 
@@ -23,6 +25,7 @@ class RewardModel:
         dtype: "auto" keeps the checkpoint's.
         device: where it runs.
         trust_remote_code: run code that comes with the model.
+        special_tokens: text = names of special tokens in a conversation are text, as for training.
 
     Raises:
         ValueError: not such a model, or a head that would be random.
@@ -35,6 +38,7 @@ class RewardModel:
         dtype: DType = "auto",
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
         auto = AutoModelForSequenceClassification
         try:
@@ -48,17 +52,25 @@ class RewardModel:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
+        self._special_tokens: SpecialTokens = special_tokens
+        # Only the tokenizers library tells special tokens from their names.
+        guarded = self.tokenizer.chat_template and getattr(self.tokenizer, "is_fast", False)
+        self._encoder = ChatEncoder(self.tokenizer, special_tokens=special_tokens) if guarded else None
         if model.config.pad_token_id is None:  # decoders look for the last token that is no padding
             model.config.pad_token_id = self.tokenizer.pad_token_id
 
     def token_ids(self, conversation: Sequence[Message]) -> dict[str, list[int]]:
         """What the model reads of a conversation that ends with the assistant's turn."""
+        if self._encoder is not None:
+            ids = self._encoder.conversation_ids(conversation).tolist()
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(list(conversation), tokenize=False)
             encoded = self.tokenizer(text, add_special_tokens=False)
         else:
             question = "\n\n".join(message["content"] for message in conversation[:-1])
-            encoded = self.tokenizer(question, conversation[-1]["content"])
+            split = self._special_tokens == "text"
+            encoded = self.tokenizer(question, conversation[-1]["content"], split_special_tokens=split)
         return {name: list(values) for name, values in encoded.items()}
 
     @torch.no_grad()

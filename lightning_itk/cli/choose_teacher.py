@@ -24,6 +24,8 @@ from lightning_itk.cli.records import check_not_data
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.module import read_template
 from lightning_itk.data.records import DataError
+from lightning_itk.data.special_tokens import SpecialTokens
+from lightning_itk.data.tools import Tools
 from lightning_itk.files import atomic_write
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.hidden import check_head
@@ -45,6 +47,8 @@ def choose_teacher(
     batch_size: int = 8,
     dtype: DType = "float32",
     chat_template: str | None = None,
+    special_tokens: SpecialTokens = "text",
+    tools: Tools = "refuse",
     resamples: int = 2000,
     seed: int = 0,
     device: str = "auto",
@@ -71,6 +75,8 @@ def choose_teacher(
         batch_size: Conversations at once.
         dtype: Precision of the student.
         chat_template: A Jinja chat template or a file that holds one; null = the student's, else the Alpaca prompt.
+        special_tokens: As in data.special_tokens: text = names of special tokens in the responses are text.
+        tools: As in data.tools: learn = take responses that call tools.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
         device: Where to run; auto = a GPU if there is one.
@@ -87,15 +93,17 @@ def choose_teacher(
         check_not_data(output, files.values())
         check_output(output, overwrite)
     column = None if reward_model else reward_column or "reward"
-    found = read_candidates(files, reward_column=column, missing=missing)
+    found = read_candidates(files, reward_column=column, missing=missing, tools=tools)
     where, console = device_of(device), Console()
-    encoder = ChatEncoder(load_tokenizer(student, trust_remote_code=trust_remote_code), read_template(chat_template))
+    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
+    encoder = ChatEncoder(tokenizer, read_template(chat_template), special_tokens)
     model = load_causal_lm(student, dtype=dtype, trust_remote_code=trust_remote_code)
     check_head(model)
     model.to(where)  # type: ignore[arg-type]
     judge = None
     if reward_model:
-        judge = RewardModel(reward_model, device=where, trust_remote_code=trust_remote_code)
+        loading: Any = {"device": where, "trust_remote_code": trust_remote_code}
+        judge = RewardModel(reward_model, special_tokens=special_tokens, **loading)
     teachers = {}
     for name, answers in found.answers.items():
         conversations = [answer.messages for answer in answers if answer.messages is not None]

@@ -9,6 +9,8 @@ from lightning_itk.cli.records import check_not_data
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.module import read_template
 from lightning_itk.data.sources import Sources
+from lightning_itk.data.special_tokens import SpecialTokens
+from lightning_itk.data.tools import Tools
 from lightning_itk.evaluation.responses import prompts_fingerprint, read_prompts, write_responses
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.generation import Generator
@@ -28,6 +30,8 @@ def generate_responses(
     limit: int | None = None,
     teacher: str | None = None,
     chat_template: str | None = None,
+    special_tokens: SpecialTokens = "text",
+    tools: Tools = "refuse",
     device: str = "auto",
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -48,6 +52,8 @@ def generate_responses(
         limit: Answer only so many prompts, the first; null = all.
         teacher: Tag of the records, by which DAE finds their teacher; null = none.
         chat_template: A Jinja chat template or a file that holds one; null = the tokenizer's, else the Alpaca prompt.
+        special_tokens: As in data.special_tokens: text = names of special tokens in the prompts are text.
+        tools: As in data.tools: learn = take prompts with tools.
         device: Where to run; auto = a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
         overwrite: Replace what an earlier run wrote, if it is unchanged; nothing else is ever replaced.
@@ -57,9 +63,9 @@ def generate_responses(
     source, console = one_source(prompts, "prompts"), Console()
     check_not_data(output, [source])
     check_output(output, overwrite)
-    found = read_prompts(source, limit)
+    found = read_prompts(source, limit, tools=tools)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    encoder = ChatEncoder(tokenizer, read_template(chat_template))
+    encoder = ChatEncoder(tokenizer, read_template(chat_template), special_tokens)
     loaded = load_causal_lm(model, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded.to(device_of(device))  # type: ignore[arg-type]
     drawing = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens}

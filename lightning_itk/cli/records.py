@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_itk.data.records import DataError, Fingerprint, Invalid, Message, Record, joint_fingerprint
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
+from lightning_itk.data.tools import Tools
 from lightning_itk.files import atomic_write
 from lightning_itk.selection.clusters import cluster_text
 
@@ -29,7 +30,10 @@ class RecordIndex:
 
 
 def index_records(
-    sources: Sequence[Source], keep: Callable[[Record, Any], Any] | None = None, invalid: Invalid = "refuse"
+    sources: Sequence[Source],
+    keep: Callable[[Record, Any], Any] | None = None,
+    invalid: Invalid = "refuse",
+    tools: Tools = "refuse",
 ) -> RecordIndex:
     """Read all records, check them, and take their fingerprint: that of a data module with the same sources.
 
@@ -37,6 +41,7 @@ def index_records(
         sources: the sources, in the data module's order.
         keep: what to remember of a record, from its checked and its original form; None = nothing.
         invalid: drop = a record that cannot be used is counted, and None is remembered of it.
+        tools: learn = take records with calls of tools.
 
     Raises:
         DataError: as for training.
@@ -45,7 +50,7 @@ def index_records(
     for source in sources:
         fingerprint, before = Fingerprint(), found.count
         for chunk in read_chunks(source):
-            records = parse_chunk(chunk, source, invalid=invalid)
+            records = parse_chunk(chunk, source, invalid=invalid, tools=tools)
             fingerprint.add(b"".join(record.digest() for record in records))
             found.count += len(records)
             if keep is not None:

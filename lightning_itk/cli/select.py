@@ -12,6 +12,7 @@ from lightning_itk.cli.records import check_not_data, column_value, index_record
 from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sources import Sources, as_sources
 from lightning_itk.data.subset import clusters_of, epochs_needed
+from lightning_itk.data.tools import Tools
 from lightning_itk.outputs import check_output, note_output
 from lightning_itk.selection.clusters import DEFAULT_EMBEDDER, embed, kmeans, write_clusters
 from lightning_itk.selection.percentage import Metric, Order, describe, sample_scores, select
@@ -28,6 +29,7 @@ def select_records(
     clusters: int | str | None = None,
     embedder: str = DEFAULT_EMBEDDER,
     invalid: Invalid = "refuse",
+    tools: Tools = "refuse",
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
@@ -44,6 +46,7 @@ def select_records(
             the records, or a Parquet file with the columns record and cluster.
         embedder: sentence-transformers model for a number of clusters.
         invalid: drop = pass over records that cannot be used, as the data module did with data.invalid drop.
+        tools: learn = take records with tools, as the data module did with data.tools learn.
         seed: Of random choices and of k-means.
         overwrite: Replace what an earlier run wrote, if it is unchanged; nothing else is ever replaced.
     """
@@ -67,7 +70,7 @@ def select_records(
     keep = text_to_embed if isinstance(clusters, int) else None
     if isinstance(clusters, str) and not clusters.endswith(".parquet"):
         keep = column_value(clusters)  # type: ignore[assignment]
-    found = index_records(sources, keep, invalid)
+    found = index_records(sources, keep, invalid, tools)
     recorded = read_scores(scores, epochs=epochs_needed(ranked))
     check_records(recorded, found.fingerprint)
     values = sample_scores(ranked, recorded.losses, recorded.tokens)

@@ -34,8 +34,9 @@ from lightning_itk.data.content import content_hash
 from lightning_itk.data.records import DataError, Fingerprint, Invalid, Record
 from lightning_itk.data.samples import CUT_OFF, SCHEMA, TOO_LONG, Summary, TokenizedSource
 from lightning_itk.data.sources import Chunk, Source, parse_chunk, read_chunks
+from lightning_itk.data.tools import Tools
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _ABANDONED = 24 * 3600  # seconds without a write
 _PLACES = 10  # of records that cannot be used are named
@@ -56,6 +57,7 @@ def tokenize(
     num_proc: int | None = None,
     prompts: bool = False,
     invalid: Invalid = "refuse",
+    tools: Tools = "refuse",
     progress: bool = True,
 ) -> TokenizedSource:
     """The tokenized samples of a source, from the cache if they are there.
@@ -69,6 +71,7 @@ def tokenize(
         num_proc: worker processes; None = one per usable core, 1 = this process.
         prompts: tokenize for generation: without the response, ending in the generation prompt.
         invalid: drop = leave out records that cannot be used, counted by reason.
+        tools: learn = take records with calls of tools, and learn the calls.
         progress: show a progress bar.
 
     Raises:
@@ -79,10 +82,11 @@ def tokenize(
     parts = [FORMAT_VERSION, content, Path(source.path).suffixes if source.is_file else source.split]
     parts += [sorted((source.columns or {}).items()), encoder.fingerprint(), max_length, prompts]
     parts += [invalid] if invalid != "refuse" else []
+    parts += ["tools", tools] if tools != "refuse" else []
     folder = root / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     if not folder.exists():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        _build(folder, _Job(source, encoder, max_length, prompts, invalid), num_proc or cores, progress)
+        _build(folder, _Job(source, encoder, max_length, prompts, invalid, tools), num_proc or cores, progress)
     return TokenizedSource(folder)
 
 
@@ -92,6 +96,7 @@ class _Job(NamedTuple):
     max_length: int
     prompts: bool
     invalid: Invalid
+    tools: Tools
 
 
 class _Block(NamedTuple):
@@ -107,7 +112,8 @@ class _Block(NamedTuple):
 
 def _work(job: _Job, chunk: Chunk) -> _Block:
     try:
-        records = parse_chunk(chunk, job.source, need_response=not job.prompts, invalid=job.invalid)
+        options: Any = {"need_response": not job.prompts, "invalid": job.invalid, "tools": job.tools}
+        records = parse_chunk(chunk, job.source, **options)
         encoded_records, unusable = _encode(job, [record for record in records if not record.invalid])
     except DataError as error:
         raise DataError(f"{error} (data.invalid: drop leaves such records out)") from None
@@ -149,8 +155,8 @@ def _encode(job: _Job, records: list[Record]) -> tuple[list[tuple[Record, Encode
     def encode(some: list[Record]) -> list[Encoded]:
         if job.prompts:
             nothing = np.empty((0, 2), np.int32)
-            return [Encoded(job.encoder.prompt_ids(record.messages), nothing) for record in some]
-        return job.encoder.encode([record.messages for record in some])
+            return [Encoded(job.encoder.prompt_ids(record.messages, job.max_length), nothing) for record in some]
+        return job.encoder.encode([record.messages for record in some], job.max_length)
 
     try:
         return list(zip(records, encode(records), strict=True)), []

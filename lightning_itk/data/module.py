@@ -6,7 +6,7 @@ from typing import Any, get_args
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_itk.data.cache import tokenize
@@ -16,7 +16,9 @@ from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sampler import BatchSampler, MixedSource
 from lightning_itk.data.samples import TokenizedSource, report
 from lightning_itk.data.sources import Sources, as_sources
+from lightning_itk.data.special_tokens import SpecialTokens
 from lightning_itk.data.subset import Subset, choose, held_out
+from lightning_itk.data.tools import Tools
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.trainer import replica
 
@@ -47,6 +49,10 @@ class InstructionDataModule(L.LightningDataModule):
         cache_dir: Folder of the token caches; null = $ITK_CACHE, else ~/.cache/lightning_itk.
         invalid: What becomes of records that cannot be used (an empty response, a missing field): refuse = an error
             that names the first; drop = they are left out, counted by reason, and the first ten are named.
+        special_tokens: What names of special tokens in a record's text are: text = text, only those that the chat
+            template writes are special; allow = the special tokens, for data that were written with them.
+        tools: What becomes of records with tools (tool_calls, the role tool, tools): refuse = they cannot be used;
+            learn = calls are learned through the chat template's own form for them, results and descriptions are not.
         seed: Of the order, the validation share and the weights' random choices.
     """
 
@@ -68,6 +74,8 @@ class InstructionDataModule(L.LightningDataModule):
         num_proc: int | None = None,
         cache_dir: str | None = None,
         invalid: Invalid = "refuse",
+        special_tokens: SpecialTokens = "text",
+        tools: Tools = "refuse",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -89,9 +97,16 @@ class InstructionDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.shuffle, self.packing, self.seed = shuffle, packing, seed
         self.subset = Subset(**subset) if isinstance(subset, dict) else subset
-        if invalid not in get_args(Invalid):
-            raise DataError(f"invalid is {invalid!r}, expected refuse or drop")
+        for name, given, known in (
+            ("invalid", invalid, Invalid),
+            ("special_tokens", special_tokens, SpecialTokens),
+            ("tools", tools, Tools),
+        ):
+            if given not in get_args(known):
+                raise DataError(f"{name} is {given!r}, expected {' or '.join(get_args(known))}")
         self.invalid: Invalid = invalid
+        self.special_tokens: SpecialTokens = special_tokens
+        self.tools: Tools = tools
         self.num_workers, self.num_proc, self.cache_dir = num_workers, num_proc, cache_dir
         self._tokenizer, self._chat_template = tokenizer, read_template(chat_template)
         self._encoder: ChatEncoder | None = None
@@ -239,7 +254,7 @@ class InstructionDataModule(L.LightningDataModule):
                     self._tokenizer = load_tokenizer(self._tokenizer)
                 except ValueError as error:
                     raise DataError(str(error)) from error
-            self._encoder = ChatEncoder(self._tokenizer, self._chat_template)
+            self._encoder = ChatEncoder(self._tokenizer, self._chat_template, self.special_tokens)
         return self._encoder
 
     def _tokenized(self, name: str, *, progress: bool) -> list[TokenizedSource]:
@@ -252,6 +267,7 @@ class InstructionDataModule(L.LightningDataModule):
                 num_proc=self.num_proc,
                 prompts=name == "predict",
                 invalid=self.invalid,
+                tools=self.tools,
                 progress=progress,
             )
             for source in self.sources[name]
@@ -262,6 +278,8 @@ class InstructionDataModule(L.LightningDataModule):
             tokenized = self._tokenized(name, progress=False)
             self._sets[name] = SampleSet(tokenized, [source.teacher for source in self.sources[name]])
             report(name, [source.summary for source in tokenized], self.max_length)
+            if len(self._sets) == 1:
+                rank_zero_info(f"chat template: {self.encoder.template_origin}")
         return self._sets[name]
 
     def _split(self) -> None:

@@ -7,6 +7,7 @@ parsing and checking (`parse_chunk`) can run in worker processes.
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from lightning_itk.data.records import ROLES, DataError, Invalid, Record, beyond_json, check, parse_line
+from lightning_itk.data.tools import Tools
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 _CHUNK_RECORDS, _CHUNK_BYTES = 512, 1 << 20
+_BROKEN_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass
@@ -142,7 +145,12 @@ def read_chunks(source: Source) -> Iterator[Chunk]:
 
 
 def parse_chunk(
-    chunk: Chunk, source: Source, *, need_response: bool = True, invalid: Invalid = "refuse"
+    chunk: Chunk,
+    source: Source,
+    *,
+    need_response: bool = True,
+    invalid: Invalid = "refuse",
+    tools: Tools = "refuse",
 ) -> list[Record]:
     """Parse and check the records of a chunk.
 
@@ -151,6 +159,7 @@ def parse_chunk(
         source: its source.
         need_response: False reads prompts: a response may be missing, and one that is there is left out.
         invalid: drop = a record that is not as expected stays in its place, without messages and with the reason.
+        tools: learn = take records with calls of tools.
 
     Raises:
         DataError: at the first record that is not as expected.
@@ -160,7 +169,7 @@ def parse_chunk(
         place = f"{chunk.name} {chunk.unit} {number}"
         try:
             record = parse_line(raw) if isinstance(raw, bytes) else raw
-            messages, teacher = check(record, source.columns or {}, need_response=need_response)
+            messages, teacher = check(record, source.columns or {}, need_response=need_response, tools=tools)
             reason = ""
         except DataError as error:
             if invalid == "refuse":
@@ -170,10 +179,10 @@ def parse_chunk(
     return records
 
 
-def read(source: Source, *, need_response: bool = True) -> Iterator[Record]:
+def read(source: Source, *, need_response: bool = True, tools: Tools = "refuse") -> Iterator[Record]:
     """All records of a source, parsed and checked."""
     for chunk in read_chunks(source):
-        yield from parse_chunk(chunk, source, need_response=need_response)
+        yield from parse_chunk(chunk, source, need_response=need_response, tools=tools)
 
 
 # Reading
@@ -226,8 +235,9 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
     block, position, line, count = 1 << 20, 0, 1, 0
     state = "start"  # then "value" or "comma" expected, or "end"
     try:
-        with _open_bytes(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
-            text, at_end = "", False
+        # Bytes that are no UTF-8 come as lone surrogates, so that the record that holds one can be named.
+        with _open_bytes(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape") as file:
+            text, at_end, broken_bytes = "", False, False
             while True:
                 while position < len(text) and text[position] in " \t\r\n":
                     position += 1
@@ -250,29 +260,39 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
                 if character:
                     try:
                         value, after = decoder.raw_decode(text, position)
-                        if after < len(text) or at_end:  # a number at the edge may go on
-                            count, position, state = count + 1, after, "comma"
-                            yield count, value
-                            continue
                     except json.JSONDecodeError as error:
                         broken = error
                     except (RecursionError, ValueError) as error:
                         raise DataError(f"{path.name} record {count + 1}: {beyond_json(error)}") from None
+                    else:
+                        if after < len(text) or at_end:  # a number at the edge may go on
+                            if broken_bytes:
+                                _check_utf8(text[position:after], f"{path.name} record {count + 1}")
+                            count, position, state = count + 1, after, "comma"
+                            yield count, value
+                            continue
                 if at_end:
                     if state == "end":
                         return
                     where = position if broken is None else broken.pos
                     reason = "the list does not end" if broken is None else broken.msg
+                    if broken_bytes:  # a string that does not end is told from its beginning
+                        end = len(text) if reason.startswith("Unterminated") else where + 1
+                        _check_utf8(text[position:end], f"{path.name} record {count + 1}")
                     raise DataError(f"{path.name} line {line + text.count(chr(10), 0, where)}: broken JSON: {reason}")
                 line += text.count("\n", 0, position)
                 text, position = text[position:], 0
                 # Twice the rest, so that a long object is not parsed again and again from its start.
                 more = file.read(max(block, len(text)))
                 text, at_end = text + more, not more
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} after record {count}: not UTF-8 text: {error.reason}") from None
+                broken_bytes = broken_bytes or _BROKEN_BYTE.search(more) is not None
     except (OSError, EOFError, zlib.error) as error:
         raise _broken(path, error) from None
+
+
+def _check_utf8(text: str, place: str) -> None:
+    if byte := _BROKEN_BYTE.search(text):
+        raise DataError(f"{place}: not UTF-8 text: byte 0x{ord(byte[0]) - 0xDC00:02x}")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:

@@ -26,8 +26,10 @@ from lightning_itk.data.records import (
     Record,
     check,
     parse_line,
+    written,
 )
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
+from lightning_itk.data.tools import Tools
 from lightning_itk.files import atomic_write
 from lightning_itk.models.generation import Generator, Response
 from lightning_itk.outputs import check_output, note_output
@@ -40,15 +42,15 @@ class Prompt(NamedTuple):
     original: dict[str, Any]
 
 
-def read_prompts(source: Source, limit: int | None = None) -> list[Prompt]:
-    """The first `limit` prompts of a source (None = all); responses in it are ignored.
+def read_prompts(source: Source, limit: int | None = None, *, tools: Tools = "refuse") -> list[Prompt]:
+    """The first `limit` prompts of a source (None = all); responses in it are ignored. tools: as for training.
 
     Raises:
         DataError: as for training, but a response may be missing.
     """
     prompts: list[Prompt] = []
     for chunk in read_chunks(source):
-        records = parse_chunk(chunk, source, need_response=False)
+        records = parse_chunk(chunk, source, need_response=False, tools=tools)
         prompts += (Prompt(record, chunk.original(record)) for record in records)
         if limit is not None and len(prompts) >= limit:
             break
@@ -96,11 +98,13 @@ def answered(prompt: Prompt, columns: Mapping[str, str], response: Response, tea
     more: dict[str, Any] = {"teacher": teacher} if teacher else {}
     more |= {"finished": response.finished, "record": prompt.record.number}
     try:  # instruction with response, where that says it all
-        if check({**fields, "response": "a"}, {})[0][:-1] == prompt.record.messages:
+        if check({**fields, "response": "a"}, {}, tools="learn")[0][:-1] == prompt.record.messages:
             return {**fields, "response": response.text, **more}
     except DataError:
         pass
-    messages: list[Message] = [*prompt.record.messages, {"role": "assistant", "content": response.text}]
+    messages: list[Message] = [*written(prompt.record.messages), {"role": "assistant", "content": response.text}]
+    if described := prompt.record.messages[0].get("tools"):
+        fields["tools"] = described
     kept = {name: value for name, value in fields.items() if name not in (*PROMPTS, *CONTEXTS, "system")}
     return {**kept, "messages": messages, **more}
 

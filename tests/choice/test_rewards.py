@@ -25,6 +25,12 @@ def test_rewards_do_not_depend_on_the_batch(tmp_path, arch, template):
     text = judge.tokenizer.decode(judge.token_ids(CONVERSATIONS[0])["input_ids"])
     assert text == ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n" if template else "qa")
     assert len(set(rewards)) == 5
+    injected = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<pad>a"}]
+    known = judge.tokenizer.all_special_ids
+    specials = [sum(map(known.count, judge.token_ids(c)["input_ids"])) for c in (injected, CONVERSATIONS[0])]
+    assert specials == [4, 4] if template else [0, 0]
+    judge = RewardModel(reward_model(tmp_path, template, arch=arch), special_tokens="allow")
+    assert sum(map(known.count, judge.token_ids(injected)["input_ids"])) == specials[0] + 1
 
 
 def test_refusals(tmp_path, model_folder):

@@ -112,6 +112,10 @@ BAD_FILES = {
     "unknown role": (b'{"messages": [{"role": "wizard", "content": "x"}]}\n', r"line 1.*wizard"),
     "no assistant": (b'{"messages": [{"role": "user", "content": "x"}]}\n', r"line 1.*assistant"),
     "not UTF-8": (b'{"prompt": "\xff", "completion": "b"}\n', r"line 1.*UTF-8"),
+    "tools": (
+        b'{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]}\n',
+        r"tools: learn",
+    ),
 }
 
 
@@ -128,6 +132,12 @@ def test_bad_data_is_one_line(case, here, capsys, model_folder):
 
     assert re.search(expected, line), line
     assert not list((here / "cache").rglob("*.arrow")) if (here / "cache").exists() else True
+
+
+def test_a_template_that_does_not_end_is_one_line(here, capsys, model_folder):
+    endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    (here / "c.yaml").write_text(config(model_folder("llama"), chat_template=endless))
+    assert "line 1: the chat template does not come to an end" in error_of(capsys, "fit", "--config", "c.yaml")
 
 
 def test_broken_gzip_is_one_line(here, capsys, model_folder):

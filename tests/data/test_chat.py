@@ -1,117 +1,12 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from templates import CHATML, GEMMA, QWEN3, TEMPLATES, ZEPHYR, chat, learned_texts, make_tokenizer, unigram_tokenizer
 
 from lightning_itk.batch import IGNORE_INDEX
-from lightning_itk.data.chat import ALPACA_TEMPLATE, ChatEncoder, Encoded, ensure_chat_template
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CHATML_MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CHATML_MARKED_SHORT = CHATML_MARKED.replace(
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
-)
-CHATML_MARKED_LONG = CHATML_MARKED.replace(
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
-)
-CHATML_NO_PROMPT_FLAG = CHATML.split("{% if add")[0]
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-LLAMA2 = MISTRAL.replace("{{ ' ' + m['content'] + eos_token }}", "{{ ' ' + m['content'] | trim + ' ' + eos_token }}")
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-ZEPHYR = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-QWEN3 = (  # drops the thinking of turns before the last question and writes an empty block into the last answer
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{% set content = m['content'] %}{% set thought = '' %}"
-    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ content }}"
-    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# name: (template, stop token, does the template trim contents, what it writes before an answer that is learned)
-TEMPLATES = {
-    "chatml": (CHATML, "<|im_end|>", False, ""),
-    "chatml marked": (CHATML_MARKED, "<|im_end|>", False, ""),
-    "chatml marked without stop": (CHATML_MARKED_SHORT, "<|im_end|>", False, ""),
-    "chatml marked with line break": (CHATML_MARKED_LONG, "<|im_end|>", False, ""),
-    "chatml without generation prompt": (CHATML_NO_PROMPT_FLAG, "<|im_end|>", False, ""),
-    "llama 3": (LLAMA3, "<|eot_id|>", True, ""),
-    "mistral": (MISTRAL, "</s>", False, " "),
-    "llama 2": (LLAMA2, " </s>", True, " "),
-    "gemma": (GEMMA, "<end_of_turn>", True, ""),
-    "zephyr": (ZEPHYR, "</s>", False, ""),
-    "alpaca": (None, "</s>", False, ""),
-}
-SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"]
-SPECIALS += ["<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
-TEXTS = [
-    "the answer is four, as everybody knows",
-    " is it so?\n\nYes: it is. ",
-    "größe 東京 is <tag> 12345",
-    "Below the line",
-]
-
-
-def make_tokenizer(template: str | None = None, kind: str = "bytes", bos: bool = False) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE(byte_fallback=kind == "sentencepiece", unk_token=None))
-    if kind == "bytes":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.post_processor = processors.ByteLevel(trim_offsets=True)
-        backend.decoder = decoders.ByteLevel()
-        alphabet, extra = pre_tokenizers.ByteLevel.alphabet(), []
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        alphabet, extra = list("abcdefghijklmnopqrstuvwxyz"), [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIALS + extra, initial_alphabet=alphabet)
-    backend.train_from_iterator(TEXTS * 5, trainer)
-    if bos:
-        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIALS[3:]
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def chat(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def learned_texts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> list[str]:
-    """What each span adds to the decoded text (decoding a span alone would lose a leading space)."""
-    ids = encoded.input_ids
-    return [tokenizer.decode(ids[:end])[len(tokenizer.decode(ids[:start])) :] for start, end in encoded.spans]
-
+from lightning_itk.data import special_tokens
+from lightning_itk.data.chat import ChatEncoder, Encoded
+from lightning_itk.data.records import check
+from lightning_itk.data.template import ALPACA_TEMPLATE, ensure_chat_template
 
 ANSWERS = [
     ("plain words",),
@@ -143,9 +38,14 @@ def test_learned_tokens_are_the_answers_and_their_stops(name: str, kind: str, an
         # One character of the template may share a token with the answer's beginning: "Ġword", or "\n\n".
         assert text.endswith(expected)
         assert text.removesuffix(expected) in {"", before, "\n" if answer.startswith("\n") else ""}
-    # The tokens are those of the template itself.
+    # The tokens are those of the template itself, but for special tokens in the text.
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert encoded.input_ids.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(encoded.input_ids) == tokenizer.decode(
+        tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    )
+    as_they_are = ChatEncoder(tokenizer, special_tokens="allow").encode([messages])[0].input_ids.tolist()
+    assert as_they_are == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert (encoded.input_ids.tolist() == as_they_are) == ("</s>" not in "".join(answers))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -221,7 +121,7 @@ def test_ensure_chat_template() -> None:
     encoder = ChatEncoder(tokenizer)
     text = encoder.prompt(chat("Add 2 and 2."))
     assert text.startswith("<s>Below is an instruction")
-    assert text.endswith("### Instruction:\nAdd 2 and 2.\n\n### Response:\n")
+    assert text.endswith("### Instruction:\nAdd 2 and 2.\n\n### Response:")
     tokenizer = make_tokenizer()
     ensure_chat_template(tokenizer)
     assert tokenizer.chat_template == ALPACA_TEMPLATE
@@ -282,3 +182,81 @@ def test_turns_that_are_not_learned_and_ends_that_are_not(name: str) -> None:
     assert last.input_ids.tolist() == cut.input_ids.tolist()
     common = min(len(cut.input_ids), len(whole.input_ids))  # an EOS is not even written where the template writes none
     assert cut.input_ids[:common].tolist() == whole.input_ids[:common].tolist()
+
+
+# As https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py has them.
+PROMPT_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+PROMPT_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_the_fallback_is_stanfords_prompt(kind: str) -> None:
+    tokenizer = make_tokenizer(kind=kind)
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.template_origin == "the Alpaca prompt, as the tokenizer has no other"
+    for record in (
+        {"instruction": "Add\nthem ", "input": " 2\n\n3", "output": "5"},
+        {"instruction": "Add\n\n2", "input": "", "output": "x"},
+        {"instruction": "{{ 1 }}</s>", "context": "### Response:", "output": "y</s>"},
+    ):
+        fields = {"input": record.get("context", ""), **record}
+        prompt = (PROMPT_INPUT if fields["input"] else PROMPT_NO_INPUT).format_map(fields)
+        messages, _ = check(record, {})
+        text, (span,) = encoder.render([messages])[0]
+        assert (text[: span[0]], text[span[0] :]) == (prompt, record["output"] + "</s>")
+        assert encoder.prompt(messages[:1]) == prompt
+        (encoded,) = encoder.encode([messages])
+        assert learned_texts(tokenizer, encoded)[0].endswith(record["output"] + "</s>")
+        ids = encoder.prompt_ids(messages[:1]).tolist()
+        assert ids == encoded.input_ids[: len(ids)].tolist()
+    # Other templates see one text, and the digest of such a record is what it was.
+    assert ChatEncoder(make_tokenizer(CHATML)).prompt(messages[:1]).count("{{ 1 }}</s>\n\n### Response:<|im_end|>") == 1
+
+
+def test_many_turns_under_the_alpaca_prompt() -> None:
+    encoder = ChatEncoder(make_tokenizer())
+    first, _ = check({"instruction": "a", "input": "b", "output": "c"}, {})
+    text, spans = encoder.render([[{"role": "system", "content": "s"}, *first, *chat("d", "e")]])[0]
+    assert text == (
+        "s\n\n### Instruction:\na\n\n### Input:\nb\n\n### Response:c</s>\n\n### Instruction:\nd\n\n### Response:e</s>"
+    )
+    assert [text[start:end] for start, end in spans] == ["c</s>", "e</s>"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml marked", "llama 3", "mistral", "alpaca"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "unigram"])
+def test_only_the_beginning_of_a_long_text_is_tokenized(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, spans and reasons as of the whole text, wherever the cut falls."""
+    tokenizer = unigram_tokenizer() if kind == "unigram" else make_tokenizer(None, kind)
+    tokenizer.chat_template = TEMPLATES[name][0]
+    encoder = ChatEncoder(tokenizer)
+    words, run = "the answer is four, <b> größe 東京 123 " * 200, "ab" * 4000
+    conversations = [
+        chat("q", words),
+        chat(words, "a"),
+        chat("q", run),
+        chat(*("q w", "a <|im_end|> b") * 300),
+        chat("q", "</s>" * 3000, "q", "a"),
+        chat("q", "a"),
+    ]
+    whole = encoder.encode(conversations)
+    monkeypatch.setattr(special_tokens, "_NEAR_THE_CUT", 40)
+    for characters in (2, 3):
+        monkeypatch.setattr(special_tokens, "_CHARACTERS", characters)
+        for limit in (2, 50, 333):
+            for long, short in zip(whole, encoder.encode(conversations, limit), strict=True):
+                assert len(short.input_ids) <= limit + 1
+                assert len(short.spans) == len(long.spans)
+                assert (len(short.input_ids) > limit) == (len(long.input_ids) > limit)
+                for one, other in zip(short.truncated(limit), long.truncated(limit), strict=True):
+                    assert one.tolist() == other.tolist()
+            ids = encoder.prompt_ids(conversations[1][:1], limit).tolist()
+            assert ids == encoder.prompt_ids(conversations[1][:1]).tolist()[: limit + 1]

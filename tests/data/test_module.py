@@ -223,6 +223,8 @@ def test_bad_arguments(folder: Path) -> None:
         ({"tokenizer": str(folder / "none")}, "none' does not exist"),
         ({"tokenizer": None}, "no tokenizer: set data.tokenizer"),
         ({"train": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"special_tokens": "yes"}, "special_tokens is 'yes', expected text or allow"),
+        ({"tools": "drop"}, "tools is 'drop', expected refuse or learn"),
     ]:
         with pytest.raises(DataError, match=error) as raised:
             module(folder, **options)
@@ -251,6 +253,8 @@ def test_yaml(folder: Path) -> None:
           shuffle: true
           packing: false
           subset: {scores: scores.parquet, metric: lp_app, fraction: 0.1, order: lowest}
+          special_tokens: allow
+          tools: learn
     """
     config = folder / "data.yaml"
     config.write_text(text)
@@ -261,6 +265,7 @@ def test_yaml(folder: Path) -> None:
         Source("shop.jsonl", "expert", 1.0, {"response": "answer"}),
     ]
     assert data.subset == Subset("scores.parquet")
+    assert (data.special_tokens, data.tools) == ("allow", "learn")
     for arguments in (["--data.train=a.jsonl", "--data.validation=b.jsonl"], ["--data.train=[a.jsonl]"]):
         data = instantiate(parser.parse_args(arguments)).data
         assert data.sources["train"] == [Source("a.jsonl")]
@@ -407,3 +412,28 @@ def test_answers_that_were_cut_off_do_not_learn_to_end(folder: Path, caplog: pyt
     learned = [row[row != IGNORE_INDEX].tolist() for row in batch["labels"]]
     assert learned[0] == [*learned[1], 2]
     assert "1 with finished: false (their end is not learned)" in caplog.text
+
+
+def test_the_template_that_is_used_is_told_once(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    bare = byte_tokenizer()
+    bare.chat_template = None
+    given = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    for options, told in (
+        ({}, "the tokenizer's own"),
+        ({"chat_template": given}, "as given by chat_template"),
+        ({"tokenizer": bare, "max_length": 400}, "the Alpaca prompt, as the tokenizer has no other"),
+    ):
+        log.clear()
+        with log.at_level(logging.INFO):
+            module(folder, **options).setup("validate")
+        assert log.text.count("chat template: ") == log.text.count(f"chat template: {told}") == 1
+
+
+def test_special_tokens_in_records_are_text_in_training_and_in_predictions(folder: Path) -> None:
+    records = [{"prompt": "<|im_end|>q", "completion": "a<|im_end|>"}]
+    path = write(folder / "special.jsonl", records)
+    for special_tokens, found in (("text", [2, 1, 1]), ("allow", [4, 2, 2])):
+        data = module(folder, None, train=path, validation=0, predict=path, special_tokens=special_tokens)
+        (batch,), (prompts,) = data.train_dataloader(), data.predict_dataloader()
+        rows = (batch["input_ids"], batch["labels"], prompts["input_ids"])
+        assert [int((row == 2).sum()) for row in rows] == found

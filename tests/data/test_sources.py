@@ -48,7 +48,7 @@ def test_all_file_kinds_give_the_same_records(tmp_path: Path, write: Write) -> N
     pq.write_table(pa.Table.from_pylist(ALPACA), paths[-1])
     expected = [record.messages for record in read(Source(paths[0]))]
     assert expected[1] == [
-        {"role": "user", "content": "do 1\n\n\né ],"},
+        {"role": "user", "content": "do 1\n\n\né ],", "instruction": "do 1\n", "input": "é ],"},
         {"role": "assistant", "content": "done 1 {"},
     ]
     for path in paths:
@@ -159,7 +159,13 @@ def test_bad_records_are_one_clear_line(write: Write, text: str | bytes, error: 
         (f"[{GOOD},\n{GOOD},\n{{]", "line 3: broken JSON: Expecting property name"),
         (f"[{GOOD}] more", "text after the list"),
         ("[1]", "record 1: the record is a number"),
-        (b'[{"prompt": "\xff', "not UTF-8"),
+        (b'[{"prompt": "\xff', "data.json record 1: not UTF-8 text: byte 0xff"),
+        (
+            f"[{GOOD}, {GOOD}".encode() + b',{"prompt": "\xe9t\xe9"}, 9]',
+            "record 3: not UTF-8 text: byte 0xe9",
+        ),
+        (f"[{GOOD}, ".encode() + b"\xff]", "data.json record 2: not UTF-8 text: byte 0xff"),
+        (f"[{GOOD}, ".encode() + b'{broken}, "\xff"]', "data.json line 1: broken JSON: Expecting property"),
     ],
 )
 def test_bad_lists(write: Write, text: str | bytes, error: str) -> None:
@@ -329,3 +335,11 @@ def test_what_is_shown_of_a_record_is_one_short_line(write: Write, record: Any) 
         list(read(Source(write(lines([record])))))
     assert len(str(raised.value).splitlines()) == 1
     assert len(str(raised.value)) < 1000
+
+
+def test_a_broken_byte_far_into_a_list_is_told_by_its_record(write: Write) -> None:
+    """The records before it in the same block of the file are not yet parsed when the block is decoded."""
+    records = [{"prompt": f"p{i}", "completion": "é" * 50} for i in range(9000)]
+    text = json.dumps(records, ensure_ascii=False).encode().replace(b"p8000", b"p\x80")
+    with pytest.raises(DataError, match=r"^data.json record 8001: not UTF-8 text: byte 0x80$"):
+        list(read(Source(write(text, "data.json"))))
