@@ -163,6 +163,7 @@ def test_fingerprint_follows_the_tokenizer_and_the_template() -> None:
     base = ChatEncoder(make_tokenizer(CHATML)).fingerprint()
     assert base == ChatEncoder(make_tokenizer(CHATML)).fingerprint()
     assert base != ChatEncoder(make_tokenizer(ZEPHYR)).fingerprint()
+    assert base != ChatEncoder(make_tokenizer(CHATML), special_tokens="allow").fingerprint()
     assert base != ChatEncoder(make_tokenizer(CHATML, "sentencepiece")).fingerprint()
 
 
