@@ -5,12 +5,14 @@ One Parquet file with the columns `record` (int64, ascending), `tokens` (int32, 
 one JSON object under the key `itk`: which records, tokenizer, chat template and model the losses belong to.
 
 A file is written under a temporary name, synced and renamed, so a reader sees the old one or the new one. Reading and
-adding an epoch go through the file in batches.
+adding an epoch go through the file in batches. Digests of the columns lie beside the metadata: Parquet's own checksums
+leave the headers of pages out, and with a damaged one other losses are read.
 """
 
+import hashlib
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from lightning_itk.files import atomic_write
 
 FORMAT = 1
 METADATA_KEY = b"itk"
+_DIGESTS = b"itk_digests"  # of the columns' bytes, by name
 _ROWS = 1 << 20  # rows of one row group, and of everything that is in memory twice
 
 
@@ -72,7 +75,7 @@ def write_scores(
     with _writer(path, schema) as writer:
         for rows in _slices(len(record)):
             columns = [record[rows], tokens[rows], *(_losses(epoch[rows], dtype, path) for epoch in losses)]
-            writer.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=schema))
+            writer.write(pa.record_batch([pa.array(column) for column in columns], schema=schema))
 
 
 def append_epoch(
@@ -106,7 +109,7 @@ def append_epoch(
             for batch in _batches(file, path, schema.names[:-1]):
                 new = _losses(losses[start : start + len(batch)], np.dtype(column.to_pandas_dtype()), path)
                 arrays = [*(batch.column(name) for name in schema.names[:-1]), pa.array(new)]
-                writer.write_batch(pa.record_batch(arrays, schema=schema))
+                writer.write(pa.record_batch(arrays, schema=schema))
                 start += len(batch)
     return int(old["epochs"]) + 1
 
@@ -130,8 +133,11 @@ def read_scores(path: str | Path, *, epochs: int | None = None) -> Scores:
         rows = file.metadata.num_rows
         names = ["record", "tokens", *(f"loss_{epoch}" for epoch in range(epochs + 1))]
         dtype = file.schema_arrow.field("loss_0").type.to_pandas_dtype()
-        record, tokens = np.empty(rows, np.int64), np.empty(rows, np.int32)
-        losses = np.empty((epochs + 1, rows), dtype)
+        try:
+            record, tokens = np.empty(rows, np.int64), np.empty(rows, np.int32)
+            losses = np.empty((epochs + 1, rows), dtype)
+        except (ValueError, MemoryError):
+            raise ValueError(f"{path}: damaged (of {rows} records)") from None
         start = 0
         for batch in _batches(file, path, names):
             for name, target in zip(names, (record, tokens, *losses), strict=True):
@@ -175,8 +181,36 @@ def _schema(losses: int, dtype: pa.DataType, meta: Mapping[str, Any]) -> pa.Sche
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(noted).encode()})
 
 
+class _Digests:
+    """Digests of columns that are gone through batch by batch."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._hashes = {name: hashlib.blake2b(digest_size=16) for name in names}
+
+    def add(self, name: str, values: NDArray[Any]) -> None:
+        self._hashes[name].update(np.ascontiguousarray(values).view(np.uint8).data)
+
+    def hex(self) -> dict[str, str]:
+        return {name: digest.hexdigest() for name, digest in self._hashes.items()}
+
+
+class _Writer:
+    """Writes batches, and the digests of their columns behind them."""
+
+    def __init__(self, file: pq.ParquetWriter) -> None:
+        self._file, self._digests = file, _Digests(file.schema.names)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            self._digests.add(name, column.to_numpy(zero_copy_only=False))
+        self._file.write_batch(batch)
+
+    def finish(self) -> None:
+        self._file.add_key_value_metadata({_DIGESTS: json.dumps(self._digests.hex()).encode()})
+
+
 @contextmanager
-def _writer(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def _writer(path: str | Path, schema: pa.Schema) -> Iterator[_Writer]:
     """A writer of a file that appears complete or not at all."""
     # Record numbers count up, losses never repeat: deltas for the former, byte planes for the latter.
     encoding = {
@@ -184,8 +218,10 @@ def _writer(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     }
     options = {"compression": "zstd", "use_dictionary": False, "column_encoding": encoding}
     options["write_page_checksum"] = True
-    with atomic_write(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema, **options) as parquet:
+        writer = _Writer(parquet)
         yield writer
+        writer.finish()
 
 
 @contextmanager
@@ -202,16 +238,26 @@ def _open(path: str | Path) -> Iterator[pq.ParquetFile]:
 
 
 def _batches(file: pq.ParquetFile, path: str | Path, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """The rows, some at a time. What comes before the first of them says nothing of the pages behind it."""
-    batches = file.iter_batches(_ROWS, columns=names)
+    """The rows, some at a time; after the last of them an error if they are not those that were written."""
+    batches, digests = file.iter_batches(_ROWS, columns=names), _Digests(names)
     while True:
         try:
             batch = next(batches, None)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
         if batch is None:
-            return
+            break
+        for name in names:
+            digests.add(name, batch.column(name).to_numpy(zero_copy_only=False))
         yield batch
+    noted = (file.metadata.metadata or {}).get(_DIGESTS)  # earlier versions wrote none
+    try:
+        expected = digests.hex() if noted is None else json.loads(noted)
+        wrong = [name for name, digest in digests.hex().items() if expected[name] != digest]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: damaged (the digests of its columns: {error!r})") from None
+    if wrong:
+        raise ValueError(f"{path}: damaged (column {wrong[0]} is not what was written)")
 
 
 def _meta(file: pq.ParquetFile, path: str | Path) -> dict[str, Any]:

@@ -121,8 +121,6 @@ def case(data: st.DataObject) -> str:
     except ValueError as error:
         one_line(error)
         return _refused(not style.system and turns[0][0] == "system", "refused by the template", error)
-    if style.marks and turns[-1][2] == "words" and turns[-1][1].rstrip().endswith((">", "]")):
-        return "an end that may be a stop"  # inside marks, words that end with a token's name look like the stop
     check_labels(style, turns, encoded.input_ids, encoded.labels())
     limit = draw(st.integers(2, 40), label="max_length")
     cut = encoded.truncated(limit)

@@ -158,7 +158,7 @@ def test_files_that_are_no_parquet(tmp_path, path):
 
 def test_damage_anywhere_is_told_and_never_read_as_losses(path, arrays):
     whole = path.read_bytes()
-    for place in range(4, len(whole) - 8, 3):
+    for place in range(4, len(whole) - 8):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             read = read_scores(path)
