@@ -10,8 +10,13 @@ from lightning_itk.models.checkpoint import read_checkpoint
 
 
 def unusable(folder: Path) -> list[Path]:
-    """Files and folders with the name of a checkpoint (`*.ckpt`) that hold no whole one."""
-    return [path for path in sorted(folder.glob("runs/**/*.ckpt")) if not _is_whole(path)]
+    """Files and folders with the name of a checkpoint (`*.ckpt`) that hold no whole one.
+
+    With `save_last: link` Lightning removes what the link points to before it sets the next: a link to nothing, which
+    `--ckpt_path last` passes by.
+    """
+    found = [path for path in sorted(folder.glob("runs/**/*.ckpt")) if path.exists()]
+    return [path for path in found if not _is_whole(path)]
 
 
 def _is_whole(path: Path) -> bool:
