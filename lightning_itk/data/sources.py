@@ -7,6 +7,7 @@ parsing and checking (`parse_chunk`) can run in worker processes.
 import gzip
 import io
 import json
+import reprlib
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -44,19 +45,26 @@ class Source:
     split: str = "train"
 
     def check(self) -> None:
-        """Raises DataError for a path, a weight or a column map that makes no sense."""
+        """Raises DataError for a path, a tag, a weight or a column map that makes no sense."""
         if not isinstance(self.path, str):
-            raise DataError(f"a source's path is {self.path!r}, expected text")
+            raise DataError(f"a source's path is {reprlib.repr(self.path)}, expected text")
+        for name, value in (("teacher", self.teacher), ("split", self.split)):
+            if not isinstance(value, str) and not (name == "teacher" and value is None):
+                raise DataError(f"{self.path}: {name} is {reprlib.repr(value)}, expected text")
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
-            raise DataError(f"{self.path}: weight is {self.weight!r}, expected a number above 0")
+            raise DataError(f"{self.path}: weight is {reprlib.repr(self.weight)}, expected a number above 0")
         if not self.weight > 0 or self.weight == float("inf"):
             raise DataError(f"{self.path}: weight is {self.weight}, expected a number above 0")
-        for role in self.columns or {}:
+        meaning = "(our name -> your column, e.g. {response: answer})"
+        if not isinstance(self.columns, dict | None):
+            raise DataError(f"{self.path}: columns is {reprlib.repr(self.columns)}, expected a map {meaning}")
+        for role, column in (self.columns or {}).items():
             if role not in ROLES:
-                raise DataError(
-                    f"{self.path}: unknown key {role!r} in columns, expected one of {', '.join(ROLES)} "
-                    "(our name -> your column, e.g. {response: answer})"
-                )
+                known = ", ".join(ROLES)
+                shown = reprlib.repr(role)
+                raise DataError(f"{self.path}: unknown key {shown} in columns, expected one of {known} {meaning}")
+            if not isinstance(column, str):
+                raise DataError(f"{self.path}: columns maps {role} to {reprlib.repr(column)}, expected text {meaning}")
 
     @property
     def is_file(self) -> bool:

@@ -312,6 +312,10 @@ def test_dates_beyond_python_and_broken_parquet_are_one_line(tmp_path: Path, wri
 def test_sources_of_the_wrong_type() -> None:
     for options, message in (
         ({"path": 5}, "path is 5, expected text"),
+        ({"path": "a", "columns": True}, "a: columns is True, expected a map"),
+        ({"path": "a", "columns": {"response": 3}}, "columns maps response to 3, expected text"),
+        ({"path": "a", "teacher": ["b"]}, "teacher is ..b.., expected text"),
+        ({"path": "a", "split": None}, "split is None, expected text"),
         ({"path": "a", "weight": "2"}, "weight is '2'"),
     ):
         with pytest.raises(DataError, match=message):
