@@ -7,8 +7,8 @@ parsing and checking (`parse_chunk`) can run in worker processes.
 import gzip
 import io
 import json
-import reprlib
 import re
+import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
