@@ -34,12 +34,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def take_place(new: Path, path: Path) -> None:
     """Give something complete the name `path`, in place of what has it now, so that a kill leaves one of them whole.
 
-    A file takes the name at once. Folders cannot: the old one is called NAME.previous for a moment.
+    A file takes the name at once. Folders cannot: for a moment the old one is called .STEM.previous, with its suffix.
     """
     if not new.is_dir() and (path.is_symlink() or not path.is_dir()):
         new.replace(path)
         return
-    previous = path.with_name(f"{path.stem}.previous{path.suffix}")
+    previous = path.with_name(f".{path.stem}.previous{path.suffix}")
     if path.exists():
         remove(previous)  # a kill left it
         path.rename(previous)

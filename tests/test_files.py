@@ -68,7 +68,7 @@ def test_a_kill_leaves_the_old_or_the_new(old, new, killed_at, tmp_path):
         except Killed:
             done = False
         killed_at(-1)
-        found = [read(path) for path in sorted(folder.glob("*.ckpt"))]  # a hidden one does not count
+        found = [read(path) for path in sorted(folder.glob("*.ckpt"))]  # where `--ckpt_path last` looks
         assert found == ["new"] if done else {*found} <= {"old", "new"} and (found or old == "nothing"), kill
         if not done:  # and the next save is not disturbed by what was left
             remove(unfinished)

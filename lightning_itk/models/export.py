@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_itk.files import take_place
 from lightning_itk.models.checkpoint import read_checkpoint
 from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
 
@@ -71,13 +72,7 @@ def export(
         written = sorted(path.name for path in temporary.iterdir())
         (temporary / _MANIFEST).write_text(json.dumps({"files": written}, indent=2) + "\n")
         temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
+        take_place(temporary, folder)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) or "No space left" in str(error):  # safetensors has errors of its own
