@@ -70,7 +70,12 @@ def _command(name: str, args: list[str]) -> int:
 
     module, function, _ = COMMANDS[name]
     command: Callable[..., Any] = getattr(import_module(f"lightning_itk.{module}"), function)
-    result = auto_cli(command, args=args, prog=f"lightning-itk {name}", exit_on_error=False, as_positional=False)
+    try:
+        result = auto_cli(command, args=args, prog=f"lightning-itk {name}", exit_on_error=False, as_positional=False)
+    except TypeError as error:  # the parser hands on fields of what it takes for a class
+        if field := re.search(r"unexpected keyword argument '(\w+)\.(\w+)", str(error)):
+            raise ValueError(f"{field[1]} has no field {field[2]}, expected a path or {{path, …}}") from None
+        raise
     return result if isinstance(result, int) else 0
 
 

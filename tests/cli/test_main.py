@@ -348,3 +348,11 @@ def test_lines_stay_readable_and_what_is_no_trainer_is_named(here, capsys, model
         assert f"trainer is {said}, expected arguments" in error_of(capsys, "fit", "--config", "c.yaml")
     (here / "c.yaml").write_text(json.dumps([[{"data": {"train": ["train.jsonl"] * 1000}}]]))
     assert len(error_of(capsys, "fit", "--config", "c.yaml")) < 1100
+
+
+def test_a_class_where_data_belong_is_no_bug(here, capsys):
+    content = {"model": "m", "output": "o.jsonl", "prompts": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1}}}
+    (here / "c.yaml").write_text(json.dumps(content))
+    assert error_of(capsys, "generate", "--config", "c.yaml").endswith(
+        "prompts has no field class_path, expected a path or {path, …}"
+    )
