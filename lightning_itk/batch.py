@@ -37,7 +37,7 @@ class Batch(TypedDict):
     sample_ids: Int[Tensor, "B S"]
     teacher_ids: Int[Tensor, "B S"]
     teachers: tuple[str, ...]  # teacher tags of the data; "" is the tag of untagged records
-    attention_mask: NotRequired[Bool[Tensor, "B S"]]  # padded batches only; its absence means packed
+    attention_mask: NotRequired[Bool[Tensor, "B S"]]  # padded batches only, False at the end of rows; absent = packed
 
 
 def pad(samples: Sequence[Sample], *, pad_id: int, teachers: tuple[str, ...] = ("",), multiple: int = 1) -> Batch:
@@ -101,18 +101,43 @@ def next_token_labels(batch: Batch) -> Int[Tensor, "B S"]:
     return shifted
 
 
+def on_host(batch: Batch) -> Batch:
+    """The batch on the CPU, where looking at its numbers waits for nothing. Waits for a GPU once."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    if batch["input_ids"].device.type == "cpu":
+        return batch
+    copies = torch.stack([tensor.long() for tensor in tensors.values()]).cpu().unbind()
+    found = {key: copy.to(tensor.dtype) for (key, tensor), copy in zip(tensors.items(), copies, strict=True)}
+    return Batch(**{**batch, **found})  # type: ignore[typeddict-item]
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch of the CPU on its way to a device, without waiting for it."""
+    moved = {key: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    return Batch(**moved)  # type: ignore[typeddict-item]
+
+
 class ResponseRows(NamedTuple):
     """Where a batch predicts tokens that are learned."""
 
     places: Int[Tensor, " N"]  # among the flattened [B * S] positions
     targets: Int[Tensor, " N"]  # the token that each of them predicts; never IGNORE_INDEX
+    host: Batch  # the batch on the CPU: what else must be known of it is asked there
 
 
 def response_rows(batch: Batch) -> ResponseRows:
-    """What every loss looks at. Finding it waits for the GPU, so ask once per batch."""
-    labels = next_token_labels(batch).flatten()
+    """What every loss looks at. Finding it waits for the GPU, so ask once per batch.
+
+    Raises:
+        ValueError: padding that is not on the right.
+    """
+    device, host = batch["input_ids"].device, on_host(batch)
+    if not is_packed(host) and (mask := host["attention_mask"].bool()).diff(dim=1).logical_and(mask[:, 1:]).any():
+        raise ValueError("a padded batch must have its padding on the right, found a token after padding")
+    labels = next_token_labels(host).flatten()
     places = (labels != IGNORE_INDEX).nonzero().flatten()
-    return ResponseRows(places, labels[places])
+    places, targets = (tensor.to(device, non_blocking=True) for tensor in (places, labels[places]))
+    return ResponseRows(places, targets, host)
 
 
 def count_targets(batch: Batch) -> Int[Tensor, ""]:
@@ -123,7 +148,7 @@ def count_targets(batch: Batch) -> Int[Tensor, ""]:
 def cu_seqlens(batch: Batch) -> Int[Tensor, "segments+1"]:
     """Segment boundaries over the flattened [B * S] tokens: every sample, and every padded tail, is one segment."""
     starts = (batch["position_ids"] == 0).flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([batch["position_ids"].numel()])]).to(torch.int32)
+    return torch.nn.functional.pad(starts, (0, 1), value=batch["position_ids"].numel()).to(torch.int32)
 
 
 def _take(batch: Batch, index: Int[Tensor, "B S"]) -> Batch:

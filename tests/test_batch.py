@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny import ragged_samples
 
 from lightning_itk import batch as b
 
@@ -91,3 +92,10 @@ def test_left_padding_for_generation():
     ids, mask = b.left_padded(b.pad(SAMPLES[:2], pad_id=0))
     assert ids.tolist() == [[100, 101, 102, 103, 104], [0, 0, 0, 200, 201]]
     assert mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+
+
+def test_padding_on_the_left_is_refused():
+    batch = b.pad(ragged_samples(3), pad_id=0)
+    turned = b.Batch(**{key: v.flip(1) if isinstance(v, torch.Tensor) else v for key, v in batch.items()})
+    with pytest.raises(ValueError, match="a padded batch must have its padding on the right"):
+        b.response_rows(turned)

@@ -132,11 +132,11 @@ class _Rows:
 
     def visible(self, rows: slice, tile: Tensor, keys: slice, device: torch.device) -> Bool[Tensor, "b 1 rows keys"]:
         key = torch.arange(keys.start, keys.stop, device=device)
-        first = self.first[rows][:, tile].to(device)[:, None, :, None]
-        last = self.last[rows][:, tile].to(device)[:, None, :, None]
+        first = self.first[rows][:, tile].to(device, non_blocking=True)[:, None, :, None]
+        last = self.last[rows][:, tile].to(device, non_blocking=True)[:, None, :, None]
         visible = (key >= first) & (key <= last)
         if self.key_mask is not None:
-            visible &= self.key_mask[rows, keys].to(device)[:, None, None, :]
+            visible &= self.key_mask[rows, keys].to(device, non_blocking=True)[:, None, None, :]
         return visible
 
 
@@ -169,7 +169,7 @@ def _tile_divergence(
     if group == 1 and torch.equal(head_map[:, 0], torch.arange(log_t.shape[1])):
         return divergence_and_gradient(log_s, log_t, kind, 0.0, with_gradient)
     divergence, gradient = torch.zeros_like(log_s[..., 0]), torch.zeros_like(log_s) if with_gradient else None
-    for heads in head_map.to(log_t.device).unbind(1):
+    for heads in head_map.to(log_t.device, non_blocking=True).unbind(1):
         rows, by_scores = divergence_and_gradient(log_s.clone(), log_t[:, heads], kind, 0.0, with_gradient)
         divergence.add_(rows, alpha=1 / group)
         if gradient is not None and by_scores is not None:
@@ -207,9 +207,9 @@ class _AttentionKL(torch.autograd.Function):
                 k_student, k_teacher = k_s[batch].to(dtype), k_t[batch].to(dtype)
                 dk_batch = torch.zeros_like(k_student)
                 for tile, keys in tiles:
-                    index = tile.to(q_s.device)
+                    index = tile.to(q_s.device, non_blocking=True)
                     hidden = ~rows.visible(batch, tile, keys, q_s.device)
-                    weight = rows.keep[batch][:, tile].to(q_s.device, dtype)[:, None, :] / heads
+                    weight = rows.keep[batch][:, tile].to(q_s.device, dtype, non_blocking=True)[:, None, :] / heads
                     q_rows = q_s[batch].index_select(2, index).to(dtype)
                     q_teacher = q_t[batch].index_select(2, index).to(dtype)
                     log_t = _log_softmax(teacher(q_teacher, k_teacher[:, :, keys])[0], hidden)

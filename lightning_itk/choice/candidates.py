@@ -173,7 +173,7 @@ def response_statistics(
             rows = order[start : start + batch_size]
             batch = pad([samples[row]._replace(sample_id=place) for place, row in enumerate(rows)], pad_id=0)
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}  # type: ignore
-            places, targets = response_rows(batch)
+            places, targets, _ = response_rows(batch)
             states, head = hidden_states(student, batch)
             scores = linear_token_scores(states.flatten(0, 1)[places], head, targets, ranks=True)
             means = sample_statistics(scores, batch["sample_ids"].flatten()[places], len(rows))

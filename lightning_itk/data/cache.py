@@ -236,13 +236,13 @@ def _blocks(job: _Job, num_proc: int) -> Iterator[_Block]:
     """Chunks through the workers, in order; only a few per worker are in memory at a time."""
     chunks = read_chunks(job.source)
     first = list(islice(chunks, _IN_PROCESS_CHUNKS + 1))
+    if num_proc == 1 or len(first) <= _IN_PROCESS_CHUNKS:
+        yield from (_work(job, chunk) for chunk in chain(first, chunks))
+        return
+    # fork shares the tokenizer and needs no `if __name__ == "__main__"` in the user's script. The workers touch
+    # neither CUDA nor torch; elsewhere than on Linux fork is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with _tokenizer_threads_off():
-        if num_proc == 1 or len(first) <= _IN_PROCESS_CHUNKS:
-            yield from (_work(job, chunk) for chunk in chain(first, chunks))
-            return
-        # fork shares the tokenizer and needs no `if __name__ == "__main__"` in the user's script. The workers touch
-        # neither CUDA nor torch; elsewhere than on Linux fork is not safe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         pool = ProcessPoolExecutor(num_proc, context, _start_worker, (job,))
         waiting: deque[Future[_Block]] = deque()
         try:
@@ -278,7 +278,7 @@ def _work_here(chunk: Chunk) -> _Block:
 
 @contextlib.contextmanager
 def _tokenizer_threads_off() -> Iterator[None]:
-    """Processes are the parallelism here; threads of the tokenizers library would be lost in a fork."""
+    """Worker processes are the parallelism; the threads that the tokenizers library may have had are lost in a fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

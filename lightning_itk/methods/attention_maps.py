@@ -13,7 +13,7 @@ from lightning_itk.attention.capture import AttentionTap, install, layer_map
 from lightning_itk.attention.kl import layer_attention_kl
 from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.batch import IGNORE_INDEX, Batch, cu_seqlens, is_packed, next_token_labels, real_tokens
-from lightning_itk.losses.implementation import Impl
+from lightning_itk.losses.implementation import Impl, resolve_impl
 from lightning_itk.methods.teacher import SoftTargets, Teacher
 
 
@@ -79,7 +79,9 @@ class AttentionDistiller:
         Yields a dict that holds, after the forward pass, each teacher's loss: the sum over its response rows of the
         mean over layers and student heads.
         """
-        masks = {name: _masks(own.batch) for name, own in targets.items()}
+        # Only the torch engine looks at them, tile by tile, and it does so on the CPU.
+        hosts = {name: _masks(own.rows.host) for name, own in targets.items()}
+        masks = {name: _sent(hosts[name], own.rows.places.device) for name, own in targets.items()}
         names = list(targets)
         how: dict[str, Any] = {key: getattr(self.loss, key) for key in ("kind", "temperature", "head_map")}
         how["impl"] = self.impl
@@ -91,7 +93,8 @@ class AttentionDistiller:
                 if layer in pairs:
                     mine = replace(student, q=_gather(student.q, own.places), k=_gather(student.k, own.places))
                     theirs = own.teacher.attention[pairs[layer]]
-                    losses.append(layer_attention_kl(mine, theirs, masks[name], **how) / len(pairs))
+                    seen_by = hosts if resolve_impl(self.impl, student.q) == "torch" else masks
+                    losses.append(layer_attention_kl(mine, theirs, seen_by[name], **how) / len(pairs))
                 else:
                     losses.append(student.q.new_zeros((), dtype=torch.float32))
             return torch.stack(losses)
@@ -107,6 +110,10 @@ class AttentionDistiller:
 def _masks(batch: Batch) -> Masks:
     rows = next_token_labels(batch) != IGNORE_INDEX
     return Masks(cu_seqlens(batch), None, rows) if is_packed(batch) else Masks(None, real_tokens(batch), rows)
+
+
+def _sent(masks: Masks, device: torch.device) -> Masks:
+    return Masks(*(mask if mask is None else mask.to(device, non_blocking=True) for mask in masks))
 
 
 def _gather(t: Float[Tensor, "B H S D"], index: Int[Tensor, "b s"] | None) -> Float[Tensor, "b H s D"]:

@@ -53,7 +53,7 @@ class DAEModule(DistillationModule):
         for name, teacher in self.teachers.items():
             tags = [number for number, owner in enumerate(owners) if owner == name]
             everything = len(tags) == len(owners)
-            keep = None if everything else torch.isin(batch["teacher_ids"], batch["teacher_ids"].new_tensor(tags))
+            keep = None if everything else torch.isin(rows.host["teacher_ids"], torch.tensor(tags, dtype=torch.long))
             if (own := teacher.soft_targets(batch, rows, keep)) is not None:
                 targets[name] = own
         return targets

@@ -278,6 +278,8 @@ class InstructionModule(L.LightningModule):
             return loss if loss is None or not sums else sums["train/loss"] / sums["targets"].clamp_min(1)
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        # Lightning does it between the next forward pass and its backward: beside all activations.
+        self.optimizer_zero_grad(epoch, batch_idx, self.trainer.optimizers[0])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         sums = self._sums.reduced(self.trainer.strategy)

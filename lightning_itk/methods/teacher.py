@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_itk.attention.capture import AttentionTap, LayerAttention, install
-from lightning_itk.batch import Batch, ResponseRows, response_rows, select
+from lightning_itk.batch import Batch, ResponseRows, on_device, response_rows, select
 from lightning_itk.hub import first_difference, load_tokenizer
 from lightning_itk.losses.chunked import Head
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
@@ -110,20 +110,23 @@ class Teacher(nn.Module):
 
         Args:
             rows: the response rows of the batch.
-            keep: True on the tokens of its samples; None = all of them.
+            keep: True on the tokens of its samples; None = all of them. On the CPU there is nothing to wait for.
 
         Returns:
             What the student is to match; None when no sample is the teacher's.
         """
         if keep is None:
             return SoftTargets(batch, None, rows, self(batch))
-        part = select(batch, keep)
+        part = select(rows.host, keep.cpu())
         if part is None:
             if isinstance(self.model, FSDPModule):  # the other ranks wait for this one to gather the weights
                 self(_first_token(batch))
             return None
-        own, places = part
-        return SoftTargets(own, places, response_rows(own), self(own))
+        (host, places), device = part, batch["input_ids"].device
+        found = response_rows(host)
+        places, where, tokens = (t.to(device, non_blocking=True) for t in (places, found.places, found.targets))
+        own = on_device(host, device)
+        return SoftTargets(own, places, ResponseRows(where, tokens, host), self(own))
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a student with another tokenizer: probabilities over different tokens cannot be compared.

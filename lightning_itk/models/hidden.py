@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_itk.batch import Batch, Sample, model_inputs, pack, pad, real_tokens, unpack
+from lightning_itk.batch import Batch, Sample, is_packed, model_inputs, pack, pad, real_tokens, unpack
 from lightning_itk.losses.chunked import Head, project
 
 # Where configurations say what happens to logits after the output layer; anything else is found by `check_head`.
@@ -72,10 +72,18 @@ def hidden_states(model: torch.nn.Module, batch: Batch) -> HiddenStates:
     layer = _active(base_causal_lm(model).get_output_embeddings())
     handle = layer.register_forward_pre_hook(take)
     try:
-        model(**model_inputs(batch), use_cache=False)
+        model(**_causal_inputs(model, batch), use_cache=False)
     finally:
         handle.remove()
     return HiddenStates(taken[0], head_of(model))
+
+
+def _causal_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """No token sees the padding to its right, so a causal model needs no mask for it. transformers would wait for the
+    device, twice in every run of a model, to find out whether it can do without."""
+    if is_packed(batch) or not getattr(base_causal_lm(model).config, "is_causal", True):
+        return model_inputs(batch)
+    return {"input_ids": batch["input_ids"]}
 
 
 @torch.no_grad()

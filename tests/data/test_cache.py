@@ -265,3 +265,24 @@ def test_builds_of_other_machines_and_containers_are_left_alone(
     again = tokenize(source, ENCODER, 100, cache_dir=tmp_path)
     assert again.folder == made.folder
     assert [path.name for path in tmp_path.glob("*.partial")] == [builds["0" * 12].name]
+
+
+def test_the_tokenizers_threads_are_off_in_worker_processes_only(tmp_path: Path, monkeypatch) -> None:
+    """A few chunks are done in this process, where they are the only parallelism; a fork after them does no harm."""
+    work = cache._work
+
+    def noted(job, chunk):
+        with (tmp_path / "seen").open("a") as file:
+            file.write(f"{os.getpid() == parent} {os.environ.get('TOKENIZERS_PARALLELISM')}\n")
+        return work(job, chunk)
+
+    parent = os.getpid()
+    monkeypatch.setattr(cache, "_work", noted)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    for count, expected in ((600, "True true"), (3000, "False false"), (600, "True true")):
+        folder = tmp_path / str(count)
+        folder.mkdir(exist_ok=True)
+        tokenize(write(folder, records(count)), ENCODER, 60 + len(list(folder.iterdir())), cache_dir=folder, num_proc=2)
+        assert {*(tmp_path / "seen").read_text().splitlines()} == {expected}
+        (tmp_path / "seen").unlink()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"

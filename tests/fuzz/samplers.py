@@ -143,7 +143,7 @@ def layouts(data: st.DataObject) -> None:
 
 
 def _same(name: str, batch: b.Batch, wanted: dict[int, Sample]) -> None:
-    places, targets = b.response_rows(batch)
+    places, targets, _ = b.response_rows(batch)
     assert b.count_targets(batch) == len(targets)
     ids = batch["sample_ids"].flatten()
     assert set(ids.tolist()) - {-1} == set(wanted), name

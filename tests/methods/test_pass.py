@@ -101,6 +101,25 @@ def test_lbfgs_evaluates_its_closure_as_often_as_it_likes():
     assert (ours - expected).norm() / (expected - start).norm() < 1e-6
 
 
+@pytest.mark.parametrize("how", ["plain", "accumulate", "skip", "clip", "lbfgs"])
+def test_gradients_are_gone_before_the_next_forward_pass(how):
+    """Lightning frees them between forward and backward: beside all activations, the peak of a step."""
+    held = []
+
+    class Look(itk.SFTModule):
+        def training_step(self, batch, batch_idx):
+            held.append(sum(parameter.grad is not None for parameter in self.student.parameters()))
+            total = super().training_step(batch, batch_idx)
+            return total * torch.inf if how == "skip" and batch_idx == 1 else total
+
+    optimizer = {"lbfgs": lambda p: torch.optim.LBFGS(p, max_iter=1)}.get(how, lambda p: torch.optim.AdamW(p, lr=1e-3))
+    options = {"accumulate": {"accumulate_grad_batches": 2}, "clip": {"gradient_clip_val": 0.1}}.get(how, {})
+    model = Look(tiny_model(), optimizer=optimizer, lr_scheduler=None, nonfinite="skip" if how == "skip" else "stop")
+    fit(model, batches(8), **options)
+    whole = len(list(model.student.parameters()))
+    assert held == [0, whole, 0, whole] if how == "accumulate" else not any(held)
+
+
 class TwoOptimizers(itk.SFTModule):
     """The head and the rest, each with an optimizer of its own, stepped by hand after one backward."""
 

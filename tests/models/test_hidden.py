@@ -80,9 +80,22 @@ def test_adapters_on_the_head():
     model = peft.get_peft_model(tiny_model("llama"), config)
     states, head = hidden_states(model, batch)
     assert head.weight.requires_grad
+    real = b.real_tokens(batch)
     torch.testing.assert_close(
-        project(states.flatten(0, 1), head.prepared(states)),
-        model(**b.model_inputs(batch)).logits.flatten(0, 1),
+        project(states[real], head.prepared(states)),
+        model(**b.model_inputs(batch)).logits[real],
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "mistral", "gpt2", "opt"])
+def test_padding_on_the_right_needs_no_mask(arch):
+    """A mask makes transformers look at it, and the host wait."""
+    model, batch, seen = tiny_model(arch), b.pad(ragged_samples(4), pad_id=0), []
+    model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
+    states, head = hidden_states(model, batch)
+    assert seen == [["input_ids", "use_cache"]]
+    expected = model(**b.model_inputs(batch)).logits
+    real = b.real_tokens(batch)
+    torch.testing.assert_close(project(states[real], head.prepared(states)), expected[real], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,70 @@
+"""How often a micro-batch makes the host wait for its device; a step that never waits keeps a GPU busy."""
+
+import pytest
+import torch
+from exact import batches
+from tiny import tiny_model
+from waits import Waits, send
+
+import lightning_itk as itk
+from lightning_itk import batch as b
+
+
+def module(method: str) -> itk.InstructionModule:
+    name, _, attention = method.partition("+")
+    student, loss = tiny_model("llama", 0), itk.AttentionLoss() if attention else None
+    if name == "sft":
+        return itk.SFTModule(student)
+    if name == "kd":
+        return itk.KDModule(student, tiny_model("llama", 1), attention=loss, ce_weight=0.3)
+    teachers = {"reference": tiny_model("llama", 1), "expert": tiny_model("llama", 2)}
+    return itk.DAEModule(student, teachers, attention=loss)
+
+
+def step(model, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model._loss_scale = 1.0  # found out once in a run
+    total = model.training_step(batch, 0)
+    return total.detach(), list(torch.autograd.grad(total, list(model.student.parameters())))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("method", ["sft", "kd", "dae", "kd+attention", "dae+attention"])
+def test_a_micro_batch_waits_once(method, layout):
+    """And once more in every model that runs, where transformers looks whether a batch is packed."""
+    model, batch = module(method), batches(8, layout)[1]
+    expected, gradients = step(model, batch)
+    send(model)
+    with Waits() as waits:
+        total, found = step(model, b.Batch(**send(dict(batch))))
+    runs = {"sft": 1, "kd": 2, "dae": 3}[method.partition("+")[0]]
+    of_transformers = sum(count for place, count in waits.places.items() if "transformers/" in place)
+    assert of_transformers <= runs, waits.places
+    assert waits.places.total() - of_transformers <= 1, waits.places
+    # The device did what a CPU does: nothing was counted for numbers that went missing.
+    torch.testing.assert_close(total.here, expected)
+    for here, there in zip(gradients, found, strict=True):
+        torch.testing.assert_close(there.here, here, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wait", "count"),
+    [
+        (lambda t: t.sum().item(), 1),
+        (lambda t: t.tolist(), 1),
+        (lambda t: t.cpu() + 1, 1),
+        (lambda t: bool(t.any()), 1),
+        (lambda t: t.nonzero(), 1),
+        (lambda t: t[t > 1], 1),
+        (lambda t: t.unique(), 1),
+        (lambda t: t.repeat_interleave(t), 1),
+        (lambda t: t.new_tensor([1, 2]), 1),
+        (lambda t: t[torch.tensor([0, 2])], 1),
+        (lambda t: torch.arange(3).to(t.device), 1),
+        (lambda t: torch.arange(3).to(t.device, non_blocking=True) + t, 0),
+        (lambda t: t[t.argsort()].masked_fill(t > 1, 0) + torch.ones(3, device=t.device), 0),
+    ],
+)
+def test_the_device_counts(wait, count):
+    with Waits() as waits:
+        wait(send(torch.arange(3)))
+    assert waits.places.total() == count
