@@ -36,7 +36,7 @@ def describe_impl(impl: Impl, tensor: Tensor, kind: str | None = None, head_dim:
 
     Args:
         kind: of the token loss.
-        head_dim: of the attention loss, which is named where it runs otherwise than the token loss; None = there is none.
+        head_dim: of the attention loss, which is named where it runs otherwise than the token loss; None = none.
 
     Raises:
         RuntimeError: as `resolve_impl`.

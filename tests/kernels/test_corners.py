@@ -1,4 +1,4 @@
-"""Where fp32, -inf and meeting dtypes are hard, in the Triton interpreter: against the torch path, the limit, plain fp32."""
+"""Where fp32, -inf and dtypes are hard, in the Triton interpreter: against the torch path, the limit and plain fp32."""
 
 import os
 import subprocess
@@ -175,7 +175,7 @@ def test_linear_losses_round_no_worse_than_plain_fp32(kind, beta):
 
 
 def pair_of_models(dtypes, autocast=False):
-    """Value and gradients by the student's q and k, with the values of fp16 in dtypes of the student and the teacher."""
+    """Value and gradients by the student's q and k, of fp16 numbers held in one dtype per model."""
     torch.manual_seed(0)
     heads = [torch.randn(1, count, 40, 16).half() for count in (2, 1, 2, 1)]
     heads = [x.to(dtypes[n // 2]).requires_grad_(n < 2) for n, x in enumerate(heads)]
