@@ -87,7 +87,7 @@ def quarters(x):
 
 @triton.jit
 def product(a, b):
-    """a @ b.T. A thread of plain fp32 arithmetic holds whole rows of both operands, so wide ones are taken in quarters."""
+    """a @ b.T. A thread of plain fp32 arithmetic holds whole rows of both operands, so wide ones go in quarters."""
     acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
     if a.dtype == tl.float32 and a.shape[1] > 64:
         a0, a1, a2, a3 = quarters(a)

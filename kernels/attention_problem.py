@@ -37,7 +37,7 @@ class Problem(NamedTuple):
         dims = (self.q_s.shape[-1], self.q_t.shape[-1])
         one_to_one = self.head_map.shape[1] == 1 and self.fixed
         plain = one_to_one and not (self.cap_s or self.cap_t) and all(d == _padded(d) for d in dims)
-        arch, itemsize = architecture(self.q_s.device), self.q_s.element_size()
+        arch, itemsize = architecture(self.q_s.device), self.q_s.element_size()  # the teacher's too
         return attention_tile(arch, kernel, max(map(_padded, dims)), itemsize, plain)
 
     def arguments(self, tile: Tile) -> dict[str, Any]:

@@ -200,5 +200,8 @@ def attention_tile(arch: str, kernel: str, dim: int, itemsize: int, plain: bool)
         if arch == "gfx942":
             rows, cols = (64 if kernel != "dk" else 32, 32) if dim < 256 else (32 if kernel != "dk" else 16, 16)
             return Tile(rows, cols, 4, 1)
-        return Tile(16, 16, 8, 1) if kernel != "forward" and dim == 256 else Tile(32, 32, 8, 1)
+        smaller = {("dq", 256): (16, 16), ("dk", 256): (16, 16)}
+        if arch in ("sm_90", "sm_100", "sm_120"):
+            smaller["forward", 128] = (16, 32)
+        return Tile(*smaller.get((kernel, dim), (32, 32)), 8, 1)
     return Tile(*_ATTENTION[arch][kernel, dim][0 if plain else 1])
