@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .attention_forward import EMPTY
 from .attention_problem import Problem, forward, key_gradient, query_gradient
-from .launch import LOG2E, require
+from .launch import LOG2E, attention_refusal
 
 
 def attention_kl(
@@ -37,7 +37,8 @@ def attention_kl(
 
     Args:
         q_student, k_student: [B, Hs, S, Ds], [B, Hs / any, S, Ds]; last dimension contiguous, any other stride.
-        q_teacher, k_teacher: [B, Ht, S, Dt], [B, Ht / any, S, Dt]; never get gradients.
+        q_teacher, k_teacher: [B, Ht, S, Dt], [B, Ht / any, S, Dt]; never get gradients. Under autocast all four are
+            cast to its dtype; else, where one model is in fp32, the other is cast up.
         scale_student, scale_teacher: factor on q · k.
         causal: a query sees no later key.
         window: keys that a query sees, itself included; needs causal.
@@ -57,9 +58,14 @@ def attention_kl(
     Returns:
         fp32 scalar.
     """
-    require(q_student.device)
+    dim = max(q_student.shape[-1], q_teacher.shape[-1])
+    reason = attention_refusal(q_student.device, dim)
+    if reason is not None:
+        raise ValueError(reason)
     q_s, k_s = _heads("student", q_student, k_student)
     q_t, k_t = _heads("teacher", q_teacher.detach(), k_teacher.detach())
+    if q_s.element_size() != q_t.element_size():  # exact, and every tile of the tables is for one element size
+        q_s, k_s, q_t, k_t = (x.to(torch.promote_types(q_s.dtype, q_t.dtype)) for x in (q_s, k_s, q_t, k_t))
     batch, heads, length = q_s.shape[:3]
     if q_t.shape[0] != batch or q_t.shape[2] != length:
         raise ValueError(f"attention_kl: student and teacher differ in batch or length: {q_s.shape} and {q_t.shape}")
@@ -98,12 +104,10 @@ def _heads(name: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             f"attention_kl: {name} q and k must be [B, H, S, D] and [B, Hkv, S, D] with Hkv dividing H, "
             f"found {list(q.shape)} and {list(k.shape)}"
         )
-    if q.shape[-1] > 256:
-        raise ValueError(f"attention_kl: {name} head dim must be at most 256, found {q.shape[-1]}")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != k.dtype:
+    if torch.is_autocast_enabled(q.device.type):  # as `scaled_dot_product_attention` does
         q, k = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k))
-    if q.dtype != k.dtype:
-        raise ValueError(f"attention_kl: {name} q is {q.dtype} and k {k.dtype}, expected one dtype")
+    if q.dtype != k.dtype or q.dtype == torch.float64:
+        raise ValueError(f"attention_kl: {name} q is {q.dtype} and k {k.dtype}, expected one dtype of at most fp32")
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))  # type: ignore[return-value]
 
 

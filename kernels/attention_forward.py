@@ -77,9 +77,32 @@ def load_keys(model, ptr, j, S, BOUNDED: tl.constexpr):
 
 
 @triton.jit
+def quarters(x):
+    """Every fourth column, from the first, second, third and fourth on."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    a, c = tl.split(tl.reshape(even, [x.shape[0], x.shape[1] // 4, 2]))
+    b, d = tl.split(tl.reshape(odd, [x.shape[0], x.shape[1] // 4, 2]))
+    return a, b, c, d
+
+
+@triton.jit
+def product(a, b):
+    """a @ b.T. A thread of plain fp32 arithmetic holds whole rows of both operands, so wide ones go in quarters."""
+    acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    if a.dtype == tl.float32 and a.shape[1] > 64:
+        a0, a1, a2, a3 = quarters(a)
+        b0, b1, b2, b3 = quarters(b)
+        acc = dot(a0, b0.T, acc, "ieee")
+        acc = dot(a1, b1.T, acc, "ieee")
+        acc = dot(a2, b2.T, acc, "ieee")
+        return dot(a3, b3.T, acc, "ieee")
+    return dot(a, b.T, acc, "ieee")
+
+
+@triton.jit
 def scores(a, b, model, to_log2):
     """softcap(scale · a @ b.T) · to_log2 as fp32 [len(a), len(b)]."""
-    x = dot(a, b.T, tl.zeros([a.shape[0], b.shape[0]], tl.float32), "ieee")
+    x = product(a, b)
     if model.cap is not None:
         return soft_cap(x * model.scale, model.cap) * to_log2
     return x * (model.scale * to_log2)

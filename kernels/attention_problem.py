@@ -35,10 +35,10 @@ class Problem(NamedTuple):
 
     def tile(self, kernel: str) -> Tile:
         dims = (self.q_s.shape[-1], self.q_t.shape[-1])
-        itemsize = max(self.q_s.element_size(), self.q_t.element_size())
         one_to_one = self.head_map.shape[1] == 1 and self.fixed
         plain = one_to_one and not (self.cap_s or self.cap_t) and all(d == _padded(d) for d in dims)
-        return attention_tile(architecture(self.q_s.device), kernel, max(map(_padded, dims)), itemsize, plain)
+        arch, itemsize = architecture(self.q_s.device), self.q_s.element_size()  # the teacher's too
+        return attention_tile(arch, kernel, max(map(_padded, dims)), itemsize, plain)
 
     def arguments(self, tile: Tile) -> dict[str, Any]:
         """What every kernel takes, by name."""

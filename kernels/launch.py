@@ -25,6 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 UPCAST = tl.constexpr(INTERPRET)  # the interpreter cannot multiply bf16
 TINY = tl.constexpr(1.2e-38)  # above the smallest normal fp32: no GPU flushes it to 0
+MAX_HEAD_DIM = 256
 LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum: finite, so that differences of two are never nan
 
 
@@ -46,10 +47,10 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return {(10, 3): "sm_100"}.get((major, minor), f"sm_{major}{minor}")
+    return {(10, 3): "sm_100", (12, 1): "sm_120"}.get((major, minor), f"sm_{major}{minor}")
 
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 @torch.compiler.assume_constant_result
@@ -61,6 +62,15 @@ def supported(device: torch.device) -> str | None:
     if name == "cpu":
         return "Triton kernels need a GPU (or TRITON_INTERPRET=1 set before Python starts), found device cpu"
     return f"Triton kernels have tiles for {', '.join(ARCHITECTURES)}, found {name}"
+
+
+@torch.compiler.assume_constant_result
+def attention_refusal(device: torch.device, dim: int) -> str | None:
+    """None where the attention kernels run for models whose larger head dim is `dim`, else the reason as one line."""
+    reason = supported(device)
+    if reason is None and dim > MAX_HEAD_DIM:
+        reason = f"head dim {dim} does not fit the attention kernels, which hold up to {MAX_HEAD_DIM}"
+    return reason
 
 
 def require(device: torch.device) -> None:
@@ -77,7 +87,7 @@ def guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def row_tile(arch: str) -> tuple[int, int]:
     """Columns per step and warps of the row kernels, whose program walks one row of logits."""
-    # 4096 / 8 warps needs 60-90 registers; one tile as wide as the vocabulary spills and runs at a third of the speed.
+    # 4096 / 8 warps needs 40-130 registers; one tile as wide as the vocabulary spills.
     return (64, 1) if arch == "interpret" else (4096, 8)
 
 
@@ -109,14 +119,16 @@ def eval_tile(arch: str, itemsize: int, plain: bool) -> tuple[int, int, int, int
     if arch == "interpret":
         return 16, 32, 16, 1, 1
     stages = 1 if arch == "gfx942" else 3
+    narrow = arch in ("sm_80", "sm_86", "sm_89", "sm_120")
     if itemsize == 4:
-        return (64, 32 if arch == "sm_80" else 64, 32, 8, min(stages, 2))
-    return (128, 128 if plain and arch != "sm_80" else 64, 64, 8, stages)
+        return (64, 32 if narrow else 64, 32, 8, min(stages, 2))
+    return (128, 64 if narrow or not plain else 128, 64, 8, stages)
 
 
 # Attention tiles for 2-byte inputs by (kernel, padded head dim): the plain problem's, and every other problem's. Chosen
 # as the largest that the compiler fits without spills; block_m is queries, block_n keys.
-_ATTENTION: dict[str, dict[tuple[str, int], tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]] = {
+_Tiles = dict[tuple[str, int], tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]
+_ATTENTION: dict[str, _Tiles] = {
     "sm_80": {
         ("forward", 64): ((64, 64, 4, 2), (128, 64, 8, 3)),
         ("forward", 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
@@ -162,6 +174,14 @@ _ATTENTION: dict[str, dict[tuple[str, int], tuple[tuple[int, int, int, int], tup
         ("dk", 256): ((32, 32, 4, 1), (32, 64, 4, 1)),
     },
 }
+# What does not fit the 99 KiB of shared memory that a program gets on cards for desks; the rest is sm_80's.
+_SMALLER: _Tiles = {
+    ("forward", 128): ((128, 64, 8, 2), (128, 64, 8, 2)),
+    ("forward", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    ("dq", 256): ((32, 64, 8, 1), (16, 32, 8, 2)),
+    ("dk", 256): ((32, 64, 8, 1), (32, 32, 8, 2)),
+}
+_ATTENTION |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), _ATTENTION["sm_80"] | _SMALLER)
 
 
 def attention_tile(arch: str, kernel: str, dim: int, itemsize: int, plain: bool) -> Tile:
@@ -169,7 +189,7 @@ def attention_tile(arch: str, kernel: str, dim: int, itemsize: int, plain: bool)
 
     Args:
         dim: the larger of both models' head dims, padded to a power of two.
-        itemsize: bytes of the larger element type.
+        itemsize: bytes of an element, the same for both models.
         plain: one teacher head per student head, one teacher key head per student key head, no soft-cap and head dims
             that need no padding. Everything else needs more registers.
     """
@@ -180,5 +200,8 @@ def attention_tile(arch: str, kernel: str, dim: int, itemsize: int, plain: bool)
         if arch == "gfx942":
             rows, cols = (64 if kernel != "dk" else 32, 32) if dim < 256 else (32 if kernel != "dk" else 16, 16)
             return Tile(rows, cols, 4, 1)
-        return Tile(16, 16, 8, 1) if kernel == "forward" and dim == 256 else Tile(32, 32, 8, 1)
+        smaller = {("dq", 256): (16, 16), ("dk", 256): (16, 16)}
+        if arch in ("sm_90", "sm_100", "sm_120"):
+            smaller["forward", 128] = (16, 32)
+        return Tile(*smaller.get((kernel, dim), (32, 32)), 8, 1)
     return Tile(*_ATTENTION[arch][kernel, dim][0 if plain else 1])

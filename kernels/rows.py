@@ -194,7 +194,7 @@ def token_loss_kernel(  # an argument that is None takes no part
         if upstream_ptr is not None:
             factor *= tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
         blocks = tl.cdiv(grad_v, BLOCK)
-        for i in range(0, blocks):  # from the end of the row backwards: what the last pass read last is still in L2
+        for i in range(0, blocks):  # from the end of the row backwards: what was read last comes first
             cols = (blocks - 1 - i) * BLOCK + lanes
             z_s = load_logits(student, cols)
             dz = tl.zeros([BLOCK], tl.float32)

@@ -108,6 +108,28 @@ def test_the_run_card_says_what_runs(tmp_path, capsys):
     assert "KDModule" in capsys.readouterr().out
 
 
+def test_the_run_card_asks_about_the_models_that_run(tmp_path, monkeypatch):
+    asked = []
+
+    def describe(impl, tensor, kind, head_dim):
+        asked.append((impl, tensor.dtype, kind, head_dim))
+        return ""
+
+    monkeypatch.setattr("lightning_itk.callbacks.describe_impl", describe)
+    wide, attention = tiny_model("qwen3", 1, head_dim=24), AttentionLoss()
+    for module in (
+        itk.SFTModule(tiny_model().bfloat16()),
+        itk.KDModule(tiny_model(), tiny_model("llama", 1), kind="jsd"),
+        itk.KDModule(tiny_model(), wide, attention=attention),
+    ):
+        fit(module, tmp_path, RunCard(), limit_train_batches=1, limit_val_batches=0)
+    assert asked == [
+        ("auto", torch.bfloat16, None, None),
+        ("auto", torch.float32, "jsd", None),
+        ("auto", torch.float32, "forward", 24),
+    ]
+
+
 def test_a_monitor_that_never_appears_is_said_at_the_first_validation(tmp_path):
     with pytest.raises(ValueError, match=r"no metric 'val_loss' to monitor; there are val/ce, val/loss"):
         fit(itk.SFTModule(tiny_model()), tmp_path, HFExport(monitor="val_loss"))

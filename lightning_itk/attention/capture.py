@@ -70,6 +70,7 @@ class AttentionTap:
         num_layers: the model's number of layers.
         attention: the attention implementation that the model really runs.
         heads: by layer, the number of query heads; empty when the model could not be tried out (on the meta device).
+        head_dims: by layer, the head dimension; likewise.
         packed_rows: how many packed rows a batch may have: 0 where the model ignores that positions restart, 1 for
             the flash kernels, 2 = any number. Models let samples see each other beyond that, without a word.
     """
@@ -82,6 +83,7 @@ class AttentionTap:
         self.num_layers: int = found.config.get_text_config().num_hidden_layers
         self.attention: str = (found.config._attn_implementation or "eager").removeprefix("itk_")
         self.heads: dict[int, int] = {}
+        self.head_dims: dict[int, int] = {}
         self.packed_rows = 0
         self._capture: Capture | None = None
         self._own: list[tuple[Any, str | None]] = []
@@ -112,7 +114,7 @@ class AttentionTap:
 
     @contextmanager
     def record(self, layers: Collection[int] | None = None) -> Iterator[dict[int, LayerAttention]]:
-        """Keep q and k of the model's next forward call, by layer. The teacher's side.
+        """Keep q and k of the model's next forward call, by layer, under autocast in its dtype. The teacher's side.
 
         Args:
             layers: which layers; default all.
@@ -120,7 +122,8 @@ class AttentionTap:
         Raises:
             RuntimeError: at the end, when a layer was not seen.
         """
-        with self._capturing(Capture(self._checked(layers), lambda layer, attention: attention)) as seen:
+        # Under autocast half the bytes wait for the student's pass.
+        with self._capturing(Capture(self._checked(layers), lambda layer, attention: attention.autocast())) as seen:
             yield seen
 
     @contextmanager
@@ -193,7 +196,7 @@ class AttentionTap:
         verdicts: dict[int, list[bool]] = {layer: [] for layer in layers}
 
         def check(layer: int, attention: LayerAttention, value: Tensor, output: Tensor) -> None:
-            self.heads[layer] = attention.q.shape[1]
+            self.heads[layer], self.head_dims[layer] = attention.q.shape[1], attention.q.shape[3]
             expected = _rebuild(attention, value, positions)
             tolerance = 1e-2 if output.dtype == torch.float32 else 5e-2  # also under TF32
             agrees = bool((output.float() - expected).abs().max() <= tolerance * expected.abs().max())

@@ -43,7 +43,8 @@ def attention_kl(
     """Sum over query rows of the mean over student heads of KL(teacher's attention row || student's attention row).
 
     The attention term of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112), without its mean over rows.
-    Scores, softmaxes and gradients are in fp32 (fp64 for fp64 inputs) whatever the input dtype. The teacher gets no
+    Scores, softmaxes and gradients are in fp32 (fp64 for fp64 inputs) whatever the input dtype. Under autocast queries
+    and keys are first rounded to its dtype, as `scaled_dot_product_attention` does (fp64 is not). The teacher gets no
     gradient. A row that sees no key counts 0.
 
     Args:
@@ -102,6 +103,7 @@ def layer_attention_kl(
         ValueError: see `attention_kl`; or the layers see different keys.
     """
     _check_shapes(student, teacher, masks)
+    student, teacher = student.autocast(), teacher.autocast()
     window, causal = _common_window(student, teacher), student.causal
     if kind not in ("forward", "reverse"):
         raise ValueError(f'attention_kl: kind must be "forward" or "reverse", found {kind!r}')
@@ -117,7 +119,8 @@ def layer_attention_kl(
     index = None if head_map is None else _checked_head_map(head_map, student.q.shape[1], teacher.q.shape[1])
     student, teacher = replace(student, window=window), replace(teacher, q=teacher.q.detach(), k=teacher.k.detach())
     how: dict[str, Any] = {"kind": kind, "temperature": temperature, "head_map": index}
-    if resolve_impl(impl, student.q) == "triton":
+    widest = max(student.q, teacher.q, key=torch.Tensor.element_size)
+    if resolve_impl(impl, widest, head_dim=max(student.q.shape[-1], teacher.q.shape[-1])) == "triton":
         from lightning_itk.kernels.attention import attention_kl as triton_attention_kl
 
         return triton_attention_kl(

@@ -1,8 +1,9 @@
 """What attention maps are made of, as records: a layer's queries and keys, and who sees whom in a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -17,6 +18,19 @@ class LayerAttention:
     window: int | None  # keys a query sees, itself included
     softcap: float | None
     causal: bool
+
+    def autocast(self) -> "LayerAttention":
+        """q and k as attention itself multiplies them: under autocast in its dtype (fp64 stays), else as they are.
+
+        Rotary embeddings leave fp32 under autocast, and `scaled_dot_product_attention` casts that before it multiplies.
+        Gradients arrive in the dtypes of before.
+        """
+        kind = self.q.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self
+        dtype = torch.get_autocast_dtype(kind)
+        q, k = (t if t.dtype == torch.float64 else t.to(dtype) for t in (self.q, self.k))
+        return replace(self, q=q, k=k)
 
 
 class Masks(NamedTuple):

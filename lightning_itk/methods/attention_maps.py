@@ -46,12 +46,17 @@ class AttentionLoss:
 
 
 class AttentionDistiller:
-    """Pairs a student's layers with its teachers' and takes the attention loss inside the student's forward pass."""
+    """Pairs a student's layers with its teachers' and takes the attention loss inside the student's forward pass.
+
+    Attributes:
+        head_dim: the largest head dimension of the layers that are compared; 0 where no model could be tried out.
+    """
 
     def __init__(self, loss: AttentionLoss, student: torch.nn.Module, teachers: Mapping[str, Teacher], impl: Impl):
         self.loss, self.impl = loss, impl
         self.student: AttentionTap = install(student)
         self.layers: dict[str, dict[int, int]] = {}
+        self.head_dim = 0
         for name, teacher in teachers.items():
             depth = teacher.model.config.get_text_config().num_hidden_layers
             if isinstance(loss.layers, str) and loss.layers == "all" and depth < self.student.num_layers:
@@ -64,6 +69,8 @@ class AttentionDistiller:
             tap = teacher.watch(sorted(set(pairs.values())))
             for mine, theirs in pairs.items():
                 self._check_heads(name, self.student.heads.get(mine), tap.heads.get(theirs))
+                dims = self.student.head_dims.get(mine, 0), tap.head_dims.get(theirs, 0)
+                self.head_dim = max(self.head_dim, *dims)
 
     def _check_heads(self, name: str, mine: int | None, theirs: int | None) -> None:
         if mine and theirs and self.loss.head_map is None and mine % theirs and theirs % mine:

@@ -99,6 +99,11 @@ class DistillationModule(InstructionModule):
     def teachers(self) -> Mapping[str, Teacher]:
         return dict(zip(self._names, self._teachers, strict=True))  # type: ignore[arg-type]
 
+    @property
+    def attention_head_dim(self) -> int | None:
+        """The largest head dimension of the layers whose maps are compared; None without the attention term."""
+        return self._distiller.head_dim if self._distiller else None
+
     def models(self) -> Iterable[torch.nn.Module]:
         yield self.student
         for teacher in self.teachers.values():

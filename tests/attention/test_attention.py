@@ -174,8 +174,6 @@ def test_student_close_to_teacher_with_wide_scores(kind) -> None:
 def test_low_precision_inputs(dtype, tolerance) -> None:
     """The arithmetic is in fp32: only the returned gradients are rounded to the inputs' dtype."""
     check(inputs(s=31), dtype=dtype, tolerance=tolerance, upstream=0.3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        check(inputs(s=31), dtype=torch.float32, tolerance=1e-5)
     tensors = [t.to(dtype).requires_grad_() for t in inputs()]
     value = attention_kl(*tensors)
     value.backward()

@@ -1,4 +1,4 @@
-"""Every kernel with every shipped tile goes through the real compiler for every architecture, without a GPU.
+"""Every kernel with every shipped tile goes through the real compiler for its architectures, without a GPU.
 
 Asserted from the machine code: no register spills, shared memory within the device's limit, tensor-core instructions.
 """
@@ -25,16 +25,15 @@ from lightning_itk.kernels import attention_backward, attention_forward, launch,
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="the compiler needs a process without TRITON_INTERPRET")
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # The tiles were chosen with Triton 3.7; 3.6 spills up to 40 bytes in three of the heaviest sets of options.
 SLACK = 64 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes one program may use
+SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376)
 TENSOR_CORE = {
-    "sm_80": r"mma\.sync",
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), r"mma\.sync"),
     "sm_90": r"wgmma|mma\.sync",
     "sm_100": r"tcgen05\.mma|mma\.sync",
     "gfx942": r"v_mfma",
@@ -121,17 +120,22 @@ def attention_cases(arch: str) -> Iterator[Case]:
             if kernel == "dq":
                 sets.append(("bf16", {"mask": masks, "D": dim, "upstream_ptr": None}, True))
             if dim == 128:
-                sets += [("bf16", {"D": dim}, True), ("bf16", single, False), ("fp32", {"D": dim}, True)]
+                sets += [("bf16", {"D": dim}, True), ("bf16", single, False)]
+                # What two models in different dtypes come to: one size is cast up, bf16 meets fp16 as it is.
+                sets += [("fp32", plain, True), ("fp32", single, False), ("fp16", single, False)]
+            else:
+                sets.append(("fp32", single, False))
             for dtype, given, simple in sets:
                 tile = launch.attention_tile(arch, kernel, dim, 4 if dtype == "fp32" else 2, simple)
                 options = {"mask": causal, "cap": None, "kind": "forward", "G": 1, "FIXED": True} | given
                 strides, scalars = ("stride",) * 3, ("fp32", options["cap"], 4, options["D"], dim)
                 model = attention_forward.Model(f"*{dtype}", f"*{dtype}", strides, strides, *scalars)
+                other = model._replace(q="*bf16", k="*bf16") if dtype == "fp16" else model
                 listed = None if options["mask"].rows is None else "*i32"
                 arguments = dict.fromkeys(("kl_ptr", "lse_s_ptr", "lse_t_ptr", "upstream_ptr"), "*fp32")
                 arguments |= {
                     "student": model,
-                    "teacher": model,
+                    "teacher": other,
                     "head_map_ptr": "*i32",
                     "unit": "fp32",
                     "to_log2": "fp32",
@@ -140,7 +144,7 @@ def attention_cases(arch: str) -> Iterator[Case]:
                 arguments |= {"blocks_ptr": listed, "ranks_ptr": listed, "KIND": launch.KINDS[options["kind"]]}
                 arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | options
                 name = f"{kernel} {dtype} D={options['D']} {'plain' if simple else 'heavy'} {tuple(tile)}"
-                yield Case(name, arch, kernel, arguments, tile.warps, tile.stages, dtype == "bf16")
+                yield Case(name, arch, kernel, arguments, tile.warps, tile.stages, dtype != "fp32")
 
 
 def row_cases(arch: str) -> Iterator[Case]:
@@ -186,15 +190,14 @@ def eval_cases(arch: str) -> Iterator[Case]:
 @pytest.mark.parametrize("arch", launch.ARCHITECTURES)
 def test_every_tile_compiles_without_spills(arch):
     cases = [*attention_cases(arch), *row_cases(arch), *eval_cases(arch)]
+    if arch == "sm_89":  # the code of sm_86, to the register: the largest tiles are enough
+        cases = [case for case in cases if case.arguments.get("D", 0) > 128 or case.kernel == "eval"]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
         figures = list(pool.map(compile_case, cases))
     faults = []
     for case, found in zip(cases, figures, strict=True):
         print(f"{arch:7} {case.name:45} {found}")
-        tolerated = (
-            512 if " fp32 " in f" {case.name} " and arch.startswith("sm_") else SLACK
-        )  # fp32 maps: exact, not fast
-        if found.spilled > tolerated or found.shared > SHARED[arch] or (case.multiplies and not found.tensor_core):
+        if found.spilled > SLACK or found.shared > SHARED[arch] or (case.multiplies and not found.tensor_core):
             faults.append(f"{case.name}: {found}")
     assert not faults, f"{arch}:\n" + "\n".join(faults)
 
@@ -205,4 +208,4 @@ def test_the_table_and_the_targets_agree(precision):
 
     assert set(TARGETS) == set(launch.ARCHITECTURES)
     names = [arch for arch in TARGETS if launch.precision(arch, torch.float32) == precision]
-    assert names == (["gfx942"] if precision == "ieee" else ["sm_80", "sm_90", "sm_100"])
+    assert names == (["gfx942"] if precision == "ieee" else [a for a in TARGETS if a != "gfx942"])

@@ -1,4 +1,4 @@
-"""Where fp32 and -inf are hard, in the Triton interpreter: logits against the torch path, the limit and plain fp32."""
+"""Where fp32, -inf and dtypes are hard, in the Triton interpreter: against the torch path, the limit and plain fp32."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from absent import ABSENT, limit, logits
 from torch import Tensor
 
 pytest.importorskip("triton")
+from lightning_itk.kernels.attention import attention_kl
 from lightning_itk.kernels.kl import kl_rows
 from lightning_itk.kernels.launch import INTERPRET
 from lightning_itk.kernels.linear_kl import linear_kl_divergence
@@ -171,3 +172,42 @@ def test_linear_losses_round_no_worse_than_plain_fp32(kind, beta):
             exact = plain(hidden.double(), weight.double())
             ours, theirs = (float((f(hidden, weight).double() - exact).norm()) for f in (kernel(part), plain))
         assert ours < 2 * theirs
+
+
+def pair_of_models(dtypes, autocast=False):
+    """Value and gradients by the student's q and k, of fp16 numbers held in one dtype per model."""
+    torch.manual_seed(0)
+    heads = [torch.randn(1, count, 40, 16).half() for count in (2, 1, 2, 1)]
+    heads = [x.to(dtypes[n // 2]).requires_grad_(n < 2) for n, x in enumerate(heads)]
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        value = attention_kl(*heads, scale_student=0.4, scale_teacher=0.4)
+    value.backward()
+    return [value.detach(), heads[0].grad, heads[1].grad]
+
+
+HALF, SINGLE = torch.float16, torch.float32
+PAIRS = [(SINGLE, SINGLE), (SINGLE, HALF), (HALF, SINGLE)]
+
+
+@inside
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_attention_kernels_under_autocast_run_in_its_dtype(dtypes):
+    found, expected = pair_of_models(dtypes, autocast=True), pair_of_models((HALF, HALF))
+    assert found[1].dtype == found[2].dtype == dtypes[0]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.half(), b.half())
+
+
+@inside
+@pytest.mark.parametrize("dtypes", PAIRS[1:], ids=str)
+def test_attention_kernels_cast_the_narrower_model_up(dtypes):
+    found, expected = pair_of_models(dtypes), pair_of_models((SINGLE, SINGLE))
+    assert found[1].dtype == found[2].dtype == dtypes[0]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+@inside
+def test_attention_kernels_take_no_fp64():
+    with pytest.raises(ValueError, match="expected one dtype of at most fp32"):
+        pair_of_models((torch.float64, torch.float64))
