@@ -188,7 +188,7 @@ def _build(folder: Path, job: _Job, num_proc: int, progress: bool) -> None:
         partial.mkdir()
         with pa.OSFile(str(partial / "samples.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             summary = _write(writer, job, num_proc, progress)
-        (partial / "summary.json").write_text(json.dumps(summary.__dict__))
+        (partial / "summary.json").write_text(summary.to_json())
         try:
             partial.rename(folder)
         except OSError:

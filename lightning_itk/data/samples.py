@@ -1,11 +1,13 @@
 """The samples of one source as `cache.py` left them on disk: memory-mapped, never loaded whole."""
 
+import hashlib
 import json
 import mmap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +47,22 @@ class Summary:
     teachers: list[str] = field(default_factory=list)  # tags in order of appearance
     fingerprint: str = ""  # of the records in their order, dropped ones included, without the tokenizer
 
+    def to_json(self) -> str:
+        """All of it, with a check sum."""
+        return json.dumps({**vars(self), "check": _check_sum(vars(self))})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Summary":
+        """Raises ValueError or TypeError for anything but what `to_json` wrote."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or fields.pop("check", None) != _check_sum(fields):
+            raise ValueError("summary.json was changed")
+        return cls(**fields)
+
+
+def _check_sum(fields: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
+
 
 def report(name: str, summaries: Sequence[Summary], max_length: int) -> None:
     """One line on what became of the records. Raises DataError if no sample is left."""
@@ -80,7 +98,7 @@ class TokenizedSource:
         self.folder = folder
         self._bytes_read = 0
         try:
-            self.summary = Summary(**json.loads((folder / "summary.json").read_text()))
+            self.summary = Summary.from_json((folder / "summary.json").read_text())
             with (folder / "samples.arrow").open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             reader = pa.ipc.open_file(pa.py_buffer(self._map))

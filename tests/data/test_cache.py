@@ -202,7 +202,12 @@ def test_no_damage_to_a_cache_is_taken_for_samples(tmp_path: Path, name: str) ->
 def test_a_summary_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     made = tokenize(write(tmp_path, records(8)), ENCODER, 100, cache_dir=tmp_path)
     path = made.folder / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    fields = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"summary\.json was changed"):
+        TokenizedSource(made.folder)
+    del fields["check"]
+    path.write_text(json.dumps({**fields, "check": tokenized._check_sum(fields)}))
     with pytest.raises(DataError, match=message):
         TokenizedSource(made.folder)
 
