@@ -65,7 +65,7 @@ def maps(data: st.DataObject) -> None:
         return _sum(log_q, log_p.detach(), seen, options, groups)
 
     scale = 1.0 + total * max(math.sqrt(q().shape[-1]) for q, _ in sizes.values())
-    compare(draw, sizes["student"], ours, truth, scale, sizes["teacher"])
+    compare(draw, sizes["student"], ours, truth, scale, sizes["teacher"], autocast=False)  # which rounds q and k
 
 
 def _log_map(

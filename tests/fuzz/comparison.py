@@ -49,6 +49,8 @@ def compare(
     truth: Callable[[], Tensor],
     scale: float,
     beside: Sequence[Leaf] = (),
+    *,
+    autocast: bool = True,
 ) -> None:
     """Value and gradients of `leaves`, the upstream gradient being drawn.
 
@@ -59,10 +61,12 @@ def compare(
         truth: the loss of the fp64 twins.
         scale: what errors of rounding are measured by.
         beside: what gets none.
+        autocast: whether the loss is the same under autocast, and may be asked there.
     """
     upstream = draw(st.sampled_from([1.0, 3.0, -0.5, 0.0]), label="upstream")
-    autocast = IMPL == "torch" and draw(st.booleans(), label="autocast")  # the interpreter computes bf16 wrongly
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    # The interpreter computes bf16 wrongly.
+    within = autocast and IMPL == "torch" and draw(st.booleans(), label="autocast")
+    with torch.autocast("cpu", torch.bfloat16, enabled=within):
         found = ours()
     expected = truth()
     exact = all(leaf.leaf.dtype == torch.float64 for leaf in [*leaves, *beside])
