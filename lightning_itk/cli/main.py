@@ -1,12 +1,14 @@
 """The command `lightning-itk`."""
 
+import functools
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from lightning_itk import __version__
 
@@ -69,7 +71,7 @@ def _command(name: str, args: list[str]) -> int:
     from jsonargparse import auto_cli
 
     module, function, _ = COMMANDS[name]
-    command: Callable[..., Any] = getattr(import_module(f"lightning_itk.{module}"), function)
+    command = _without_nulls(getattr(import_module(f"lightning_itk.{module}"), function))
     try:
         result = auto_cli(command, args=args, prog=f"lightning-itk {name}", exit_on_error=False, as_positional=False)
     except TypeError as error:  # the parser hands on fields of what it takes for a class
@@ -77,6 +79,21 @@ def _command(name: str, args: list[str]) -> int:
             raise ValueError(f"{field[1]} has no field {field[2]}, expected a path or {{path, …}}") from None
         raise
     return result if isinstance(result, int) else 0
+
+
+def _without_nulls(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that refuses null for what cannot be; the parser takes it for anything."""
+    hints = get_type_hints(command)
+
+    @functools.wraps(command)
+    def checked(**given: Any) -> Any:
+        for name, value in given.items():
+            hint = hints.get(name, Any)
+            if value is None and hint is not Any and NoneType not in get_args(hint):
+                raise ValueError(f"{name} is null, expected a value")
+        return command(**given)
+
+    return checked
 
 
 def _stage(args: list[str]) -> int:

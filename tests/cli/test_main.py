@@ -350,6 +350,12 @@ def test_lines_stay_readable_and_what_is_no_trainer_is_named(here, capsys, model
     assert len(error_of(capsys, "fit", "--config", "c.yaml")) < 1100
 
 
+def test_null_for_a_number_is_one_line(here, capsys):
+    content = {"model": "m", "output": "o.jsonl", "prompts": "p.jsonl", "batch_size": None}
+    (here / "c.yaml").write_text(json.dumps(content))
+    assert error_of(capsys, "generate", "--config", "c.yaml").endswith("batch_size is null, expected a value")
+
+
 def test_a_class_where_data_belong_is_no_bug(here, capsys):
     content = {"model": "m", "output": "o.jsonl", "prompts": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1}}}
     (here / "c.yaml").write_text(json.dumps(content))
