@@ -14,9 +14,12 @@ import numpy as np
 from lightning_itk.data.packing import best_fit
 from lightning_itk.position import StepPlan
 
-_POOL_STEPS = 64  # rows are sorted by length in pools of at most this many steps,
-_MIN_POOLS = 3  # and there are at least so many pools, so that other samples meet in every epoch
-_GROUPS_VERSION = 2  # of the two above and `_grouped_by_length`: a plan is made anew when an epoch is resumed
+# Rows are sorted by length in pools of at most this many steps, and there are at least so many pools: fewer for few
+# samples, whose pools would hold too little to sort, but no fewer than that, or every batch holds one length only. That
+# costs learning where length goes with the kind of question.
+_POOL_STEPS = 64
+_LEAST_POOLS, _MOST_LEAST_POOLS, _POOL_SAMPLES = 3, 8, 160
+_GROUPS_VERSION = 2  # of those above and `_grouped_by_length`: a plan is made anew when an epoch is resumed
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ def _drawn(source: MixedSource, rng: np.random.Generator) -> np.ndarray:
 def _grouped_by_length(samples: np.ndarray, lengths: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
     """Shuffled samples, sorted by length within pools of many steps, the full steps in random order again."""
     full = len(samples) // step
-    pools = max(1, min(full, max(_MIN_POOLS, -(-full // _POOL_STEPS))))
+    least = int(np.clip(len(samples) // _POOL_SAMPLES, _LEAST_POOLS, _MOST_LEAST_POOLS))
+    pools = max(1, min(full, max(least, -(-full // _POOL_STEPS))))
     step_of = np.minimum(np.arange(len(samples)) // step, max(full - 1, 0))  # the rest goes with the last full step
     grouped = samples[np.lexsort((-lengths, step_of * pools // max(full, 1)))]
     shuffled = grouped[: full * step].reshape(full, step)[rng.permutation(full)]
