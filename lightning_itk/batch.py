@@ -103,9 +103,9 @@ def next_token_labels(batch: Batch) -> Int[Tensor, "B S"]:
 
 def on_host(batch: Batch) -> Batch:
     """The batch on the CPU, where looking at its numbers waits for nothing. Waits for a GPU once."""
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     if batch["input_ids"].device.type == "cpu":
         return batch
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     copies = torch.stack([tensor.long() for tensor in tensors.values()]).cpu().unbind()
     found = {key: copy.to(tensor.dtype) for (key, tensor), copy in zip(tensors.items(), copies, strict=True)}
     return Batch(**{**batch, **found})  # type: ignore[typeddict-item]

@@ -110,7 +110,8 @@ def _is_users(error: Exception) -> bool:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     kinds = ValueError | OSError | ArgumentError | ImportError | MisconfigurationException
-    return isinstance(error, kinds) or str(error).startswith("Early stopping conditioned on metric")
+    said = ("Early stopping conditioned on metric", "checkpoint contains only the model")
+    return isinstance(error, kinds) or any(words in str(error) for words in said)
 
 
 # What jsonargparse says around the reason: that it tried a union, with which types, on which whole value.

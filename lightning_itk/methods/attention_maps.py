@@ -86,9 +86,11 @@ class AttentionDistiller:
         Yields a dict that holds, after the forward pass, each teacher's loss: the sum over its response rows of the
         mean over layers and student heads.
         """
-        # Only the torch engine looks at them, tile by tile, and it does so on the CPU.
-        hosts = {name: _masks(own.rows.host) for name, own in targets.items()}
-        masks = {name: _sent(hosts[name], own.rows.places.device) for name, own in targets.items()}
+        masks = {name: _masks(own.rows.host) for name, own in targets.items()}
+        for name, own in targets.items():
+            # The torch engine looks at them tile by tile, on the CPU.
+            if resolve_impl(self.impl, own.rows.places, head_dim=self.head_dim) == "triton":
+                masks[name] = _sent(masks[name], own.rows.places.device)
         names = list(targets)
         how: dict[str, Any] = {key: getattr(self.loss, key) for key in ("kind", "temperature", "head_map")}
         how["impl"] = self.impl
@@ -100,8 +102,7 @@ class AttentionDistiller:
                 if layer in pairs:
                     mine = replace(student, q=_gather(student.q, own.places), k=_gather(student.k, own.places))
                     theirs = own.teacher.attention[pairs[layer]]
-                    seen_by = hosts if resolve_impl(self.impl, student.q) == "torch" else masks
-                    losses.append(layer_attention_kl(mine, theirs, seen_by[name], **how) / len(pairs))
+                    losses.append(layer_attention_kl(mine, theirs, masks[name], **how) / len(pairs))
                 else:
                     losses.append(student.q.new_zeros((), dtype=torch.float32))
             return torch.stack(losses)

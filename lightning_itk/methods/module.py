@@ -1,8 +1,5 @@
 """InstructionModule: a student and its steps. One hook to override: `losses(batch)`."""
 
-import re
-import time
-import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, cast
@@ -27,17 +24,16 @@ from lightning_itk.batch import (
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.implementation import Impl
+from lightning_itk.methods.figures import Figures
 from lightning_itk.methods.finite import FiniteGuard, NonFinite
 from lightning_itk.methods.normalisation import StepSums, loss_scale, scale_gradients
 from lightning_itk.methods.resume import ResumePoint
 from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
-from lightning_itk.metrics import ResponsePerplexity, TokenMean
 from lightning_itk.models.checkpoint import plain_hparams
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
 from lightning_itk.models.loading import DType, LoRA, load_causal_lm, make_trainable
-from lightning_itk.models.precision import sum_dtype
 from lightning_itk.models.storage import use_whole_checkpoints
 from lightning_itk.trainer import datamodule, replica
 
@@ -105,9 +101,8 @@ class InstructionModule(L.LightningModule):
         model = make_trainable(student, lora, gradient_checkpointing=gradient_checkpointing, compile=compile)
         self.student = model.train()  # from_pretrained leaves a model in eval mode
         self._sums, self._guard, self._resume = StepSums(), FiniteGuard(nonfinite), ResumePoint()
+        self._figures = Figures()
         self._loss_scale: float | None = None
-        self._metrics: dict[str, TokenMean] = {}
-        self._clock: tuple[float, int] | None = None
         self._packing_checked = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -201,16 +196,7 @@ class InstructionModule(L.LightningModule):
         loss, own = Term(weighted_sum(terms)), self.evaluate(batch)
         if twice := own.keys() & {*terms, "loss"}:
             raise ValueError(f"{', '.join(sorted(twice))}: a term of the loss and a figure of evaluate need two names")
-        for name, (total, _, elements) in {**terms, "loss": loss, **own}.items():
-            elements = targets if elements is None else elements
-            self._metric(f"{stage}/{name}", TokenMean).update(total, elements)
-            if name == "response_loss":
-                self._metric(f"{stage}/perplexity", ResponsePerplexity).update(total, elements)
-
-    def _metric(self, name: str, kind: type[TokenMean]) -> TokenMean:
-        if name not in self._metrics:
-            self._metrics[name] = kind(sum_dtype(self.device)).to(self.device)
-        return self._metrics[name]
+        self._figures.add(stage, {**terms, "loss": loss, **own}, targets)
 
     def lay_out(self, batch: Batch) -> Batch:
         """The layout this student can run: flash kernels want packed samples in a single row."""
@@ -268,7 +254,7 @@ class InstructionModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._resume.restore(self.trainer)
-        self._clock = None
+        self._figures.begin()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         def closure() -> Any:
@@ -298,36 +284,15 @@ class InstructionModule(L.LightningModule):
         if step == 0 or (step + 1) % every == 0:
             self._guard.check(self.trainer)
             self.log("train/grad_norm", norm)
-            self._log_step(optimizer, sums)
-
-    def _log_step(self, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]) -> None:
-        names = [name.removeprefix("train/") for name in sums if name.startswith("train/")]
-        means = {name: (sums[f"train/{name}"] / sums[f"elements/{name}"].clamp_min(1)).float() for name in names}
-        self.log_dict({f"train/{name}": mean for name, mean in means.items()})
-        self.log("loss", means["loss"], prog_bar=True, logger=False)
-        if self._guard.mode == "skip":
-            self.log("train/skipped_steps", float(self._guard.skipped))
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
-        self.log("train/padding", (1 - sums["tokens"] / sums["slots"]).float())
-        now, step = time.perf_counter(), self.trainer.global_step
-        if self._clock is not None and step > self._clock[1]:
-            seconds_per_step = (now - self._clock[0]) / (step - self._clock[1])
-            self.log("tokens/s", (sums["tokens"] / seconds_per_step).float(), prog_bar=True)
-        self._clock = (now, step)
+            if self._guard.mode == "skip":
+                self.log("train/skipped_steps", float(self._guard.skipped))
+            self._figures.log_step(self, optimizer, sums)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics()
+        self._figures.log_evaluation(self)
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics()
-
-    def _log_metrics(self) -> None:
-        for name, metric in self._metrics.items():
-            # Metrics have been summed over the ranks; Lightning, which cannot know, recommends to do it.
-            advice = re.escape(f"It is recommended to use `self.log({name!r}, ..., sync_dist=True)`")
-            warnings.filterwarnings("ignore", message=advice)
-            self.log(name, metric.compute(), prog_bar=name == "val/loss")
-        self._metrics.clear()
+        self._figures.log_evaluation(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.check(self.trainer)

@@ -28,14 +28,13 @@ class Restart:
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """See where a checkpoint stands, before Lightning's loops read it; its count of ended batches is changed."""
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-        if progress is None:
-            return
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
         counts = progress["current"]
         self._owes = counts["processed"] == counts["completed"] + 1
         self._rewound = checkpoint.get("rewound", False)
         self._metrics = checkpoint.get("metrics", {})
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        epochs = loops["epoch_progress"]["current"]
         # Written by a hook of the epoch's end, which comes before the schedules that go by a metric.
         self._owes_plateau = epochs["processed"] == epochs["completed"] + 1
         if self._owes:  # else the fit loop would end the epoch of a last batch by itself, without its hooks
@@ -56,7 +55,7 @@ class Restart:
         trainer.fit_loop._restarting = False  # nothing but the plateau at the end of this epoch would ask
         trainer.callback_metrics.update(self._metrics)
         for config in trainer.lr_scheduler_configs if self._owes_plateau else ():
-            due = config.interval == "epoch" and trainer.current_epoch % config.frequency == 0
-            if due and isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor in self._metrics:
+            now = config.interval == "epoch" and trainer.current_epoch % config.frequency == 0
+            if now and isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor in self._metrics:
                 config.scheduler.step(float(self._metrics[config.monitor]))
         self._owes = self._rewound = self._owes_plateau = False

@@ -33,7 +33,7 @@ _BROKEN = (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Whether this is a checkpoint folder, complete: its description is written last."""
+    """Whether this is a checkpoint folder, complete: its description and what lies beside the shards come last."""
     return (Path(path) / ".metadata").is_file() and (Path(path) / _EXTRA).is_file()
 
 

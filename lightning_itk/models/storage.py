@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from lightning_itk.files import remove, take_place
 from lightning_itk.models.checkpoint import read_checkpoint
-from lightning_itk.models.sharded import check_sharded, read_sharded
+from lightning_itk.models.sharded import check_sharded, is_sharded, read_sharded
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -24,6 +25,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
+        _check_place(path)
         unfinished = _unfinished(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,12 @@ def use_whole_checkpoints(strategy: Strategy) -> None:
         strategy.load_checkpoint = partial(_load, strategy, strategy.load_checkpoint)  # type: ignore[method-assign]
 
 
+def _check_place(path: Path) -> None:
+    """Refuse a folder that is no checkpoint: it is somebody's, and would be replaced."""
+    if path.is_dir() and not is_sharded(path):
+        raise ValueError(f"{path}: is a folder and no checkpoint: move it away, or save elsewhere")
+
+
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
@@ -66,6 +74,7 @@ def _unfinished(path: Path) -> Path:
 def _save(strategy: Any, save: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
     """Let all ranks write a checkpoint beside its place, then move it there."""
     path = Path(strategy.broadcast(filepath))
+    _check_place(path)
     unfinished = _unfinished(path)
     if strategy.is_global_zero:
         remove(unfinished)  # shards of another number of ranks may be in it
@@ -90,17 +99,18 @@ def _load(strategy: Any, load: Any, checkpoint_path: Any, weights_only: bool | N
     for optimizer, saved in zip(strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-        by_name = _named(saved, own)
+        by_name = _named(saved, own, path)
         set_optimizer_state_dict(module, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
     return checkpoint
 
 
-def _named(optimizer: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
+def _named(optimizer: dict[str, Any], names: list[list[str]], path: Path) -> dict[str, Any]:
     """The state of an optimizer by the names of its parameters, which are given for every group."""
     groups = optimizer["param_groups"]
     if list(map(len, names)) != [len(group["params"]) for group in groups]:
-        raise ValueError("the checkpoint's optimizer has other parameters than this run's")
-    known = dict(zip(sum((group["params"] for group in groups), []), sum(names, []), strict=True))
+        raise ValueError(f"{path}: its optimizer has other parameters than this run's")
+    numbers = chain.from_iterable(group["params"] for group in groups)
+    known = dict(zip(numbers, chain.from_iterable(names), strict=True))
     return {
         "state": {known[number]: state for number, state in optimizer["state"].items()},
         "param_groups": [{**group, "params": own} for group, own in zip(groups, names, strict=True)],

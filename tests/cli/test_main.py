@@ -362,3 +362,12 @@ def test_a_class_where_data_belong_is_no_bug(here, capsys):
     assert error_of(capsys, "generate", "--config", "c.yaml").endswith(
         "prompts has no field class_path, expected a path or {path, …}"
     )
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(here, capsys, model_folder):
+    (here / "c.yaml").write_text(config(model_folder("llama")))
+    init = {"dirpath": str(here), "filename": "weights", "save_weights_only": True}
+    saving = json.dumps([{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init}])
+    fit = ("fit", "--config", "c.yaml", "--trainer.callbacks", saving)
+    assert run(capsys, *fit)[0] == 0
+    assert "contains only the model" in error_of(capsys, *fit, "--ckpt_path", "weights.ckpt")

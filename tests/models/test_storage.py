@@ -43,6 +43,15 @@ def test_a_save_that_fails_leaves_the_previous_one(tmp_path, monkeypatch):
     assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
 
 
+def test_a_folder_of_somebody_is_not_replaced(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"last\.ckpt: is a folder and no checkpoint"):
+        WholeCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt" / "notes.txt").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
 def test_every_module_saves_this_way_but_a_given_io_stays():
     class Own(TorchCheckpointIO):
         pass
