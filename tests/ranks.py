@@ -7,7 +7,7 @@ import torch
 from exact import SAMPLES, TAGS, module
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from tiny import byte_tokenizer, tiny_model
+from tiny import QUIET, byte_tokenizer, tiny_model
 from torch.distributed.tensor import DTensor
 
 from lightning_itk import batch as b
@@ -42,14 +42,11 @@ def odd_data(data: str, folder: Path, strategy: str = "auto", ranks: int = 1) ->
     datamodule = InstructionDataModule(data, batch_size=4 // ranks, cache_dir=str(folder / "cache"), **options)
     kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         devices=ranks,
         strategy=kind,
         max_epochs=1,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     model = module("dae")
     trainer.fit(model, datamodule=datamodule)
@@ -77,15 +74,12 @@ def fit(
     datamodule = InstructionDataModule(data, cache_dir=str(folder / "cache"), **options)
     kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         devices=ranks,
         strategy=kind,
         max_epochs=2,
         accumulate_grad_batches=rows[1],
-        logger=False,
         callbacks=[ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     common = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
     student = tiny_model("llama", 0, attention_dropout=dropout, tie_word_embeddings=method == "kd")
@@ -104,14 +98,11 @@ def train(method: str, strategy: str, folder: Path) -> None:
     """Train for two epochs; rank 0 writes weights and metrics."""
     kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         devices=2,
         strategy=kind,
         max_epochs=2,
-        logger=False,
         callbacks=[ModelCheckpoint(folder, save_last=True), RunCard(), HFExport(str(folder / "export"))],
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     model = module(method)

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tiny import byte_tokenizer, tiny_model
+from tiny import QUIET, byte_tokenizer, tiny_model
 
 import lightning_itk as itk
 from lightning_itk.methods.distillation import AttentionLoss
@@ -56,15 +56,12 @@ def train(method: str, data: str, folder: Path, output: Path, resume: bool = Fal
     callbacks: list[Callback] = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)]
     callbacks += [Kill(kill_after)] if kill_after else []
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=2,
         accumulate_grad_batches=3,
         val_check_interval=7,
         num_sanity_val_steps=0,
-        logger=False,
         callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         deterministic=True,
     )
     checkpoints = sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime)
@@ -128,15 +125,12 @@ def train_windows(
     seen = Seen()
     callback = Numbered(folder / ("resumed" if resume else "saved"), save_top_k=-1, **saving)
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=2,
         accumulate_grad_batches=3,
         val_check_interval=interval,
         num_sanity_val_steps=0,
-        logger=False,
         callbacks=[seen, callback],
-        enable_progress_bar=False,
-        enable_model_summary=False,
         deterministic=True,
     )
     model = itk.SFTModule(
@@ -164,16 +158,13 @@ def record(data: str, folder: Path, kill_after: int = 0, options: dict | None = 
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     callbacks: list[Callback] = [recorder, ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1)]
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
         max_epochs=2,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        logger=False,
         callbacks=[*callbacks, *([Kill(kill_after)] if kill_after else [])],
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     model = itk.SFTModule(tiny_model("llama", 0), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))

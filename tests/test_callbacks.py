@@ -1,7 +1,7 @@
 import lightning as L
 import pytest
 import torch
-from tiny import byte_tokenizer, ragged_samples, tiny_model
+from tiny import QUIET, byte_tokenizer, ragged_samples, tiny_model
 
 import lightning_itk as itk
 from lightning_itk import batch as b
@@ -18,12 +18,9 @@ def loader():
 
 def fit(model, tmp_path, *callbacks, **kwargs):
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=2,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=list(callbacks),
         default_root_dir=tmp_path,
         **kwargs,

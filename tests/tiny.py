@@ -5,6 +5,9 @@ import torch
 
 from lightning_itk.batch import IGNORE_INDEX, Sample
 
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+"""What a Trainer of these tests is told unless a test is about it."""
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,

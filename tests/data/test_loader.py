@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tiny import byte_tokenizer
+from tiny import QUIET, byte_tokenizer
 
 from lightning_itk.batch import IGNORE_INDEX, count_targets, is_packed, model_inputs, real_tokens
 from lightning_itk.data.cache import tokenize
@@ -157,12 +157,9 @@ def fit(
     model = Model()
     checkpoint = ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1)
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=3,
         accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         val_check_interval=2 if val else 1.0,
         callbacks=[checkpoint] + ([Stop(stop)] if stop else []),

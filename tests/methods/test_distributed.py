@@ -10,7 +10,7 @@ import runs
 import torch
 from exact import METHODS, batches, module
 from processes import run_ranks
-from tiny import tiny_model
+from tiny import QUIET, tiny_model
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.process
@@ -22,12 +22,9 @@ def single(method: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     model = module(method)
     before = torch.cat([p.detach().flatten().clone() for p in model.student.parameters()])
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=2,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     loader = torch.utils.data.DataLoader(batches(8), batch_size=None)
     trainer.fit(model, loader, loader)

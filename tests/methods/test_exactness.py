@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exact import METHODS, SAMPLES, TAGS, batches, module
-from tiny import tiny_model
+from tiny import QUIET, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,14 +19,11 @@ from lightning_itk.recorder import response_losses
 
 def fit(model, data, accumulate=1, **kwargs) -> torch.Tensor:
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=2,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **kwargs,
     )
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None))
@@ -73,10 +70,7 @@ def test_gradients_that_are_fp16_themselves():
                 found.append(torch.cat([p.grad.double().flatten() for p in self.student.parameters()]))
 
         model = Module(tiny_model("llama", 0).to(dtype), lr_scheduler=None)
-        options |= {"accelerator": "cpu", "max_epochs": 1, "accumulate_grad_batches": 4, "logger": False}
-        trainer = L.Trainer(
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options
-        )
+        trainer = L.Trainer(max_epochs=1, accumulate_grad_batches=4, enable_checkpointing=False, **QUIET, **options)
         trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None))
         return found[0]
 
@@ -98,8 +92,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("method", METHODS)
 def test_devices_without_fp64(method, monkeypatch):
     monkeypatch.setattr(precision, "_NO_FP64", {"cpu"})
-    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False}
-    trainer = L.Trainer(enable_checkpointing=False, enable_model_summary=False, **options)
+    trainer = L.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
     model, loader = module(method), torch.utils.data.DataLoader(batches(8), batch_size=None)
     with NoFloat64():
         trainer.fit(model, loader, loader)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from exact import batches
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import tiny_model
+from tiny import QUIET, tiny_model
 
 import lightning_itk as itk
 from lightning_itk.methods.finite import FiniteGuard
@@ -37,14 +37,11 @@ def fit(folder, kind, data, *, at=5, accumulate=2, optimizer=torch.optim.SGD, **
     model = Sometimes(tiny_model(), optimizer=lambda p: optimizer(p, lr=0.1), lr_scheduler=None, **options)
     model.bad = (kind, at)
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         log_every_n_steps=1,
-        logger=False,
         callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     error = None
     try:

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from tiny import ragged_samples, tiny_model
+from tiny import QUIET, ragged_samples, tiny_model
 
 import lightning_itk as itk
 from lightning_itk import batch as b
@@ -43,13 +43,10 @@ def engine(monkeypatch):
 def test_the_engine_gets_the_precision_that_attention_runs_in(tmp_path, engine, method, precision):
     model = distillation(method)
     trainer = L.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_steps=1,
         precision=precision,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=tmp_path,
     )
     loader = torch.utils.data.DataLoader([DATA], batch_size=None)
