@@ -18,6 +18,7 @@ COMMANDS = {
     "select": ("cli.select", "select_records", "choose records by their learning percentage, from a scores file"),
     "choose-teacher": ("cli.choose_teacher", "choose_teacher", "rank candidate teachers by their responses"),
     "generate": ("cli.generate", "generate_responses", "write a model's responses to the prompts of a file"),
+    "prune": ("cli.prune", "prune_model", "make a smaller student out of a model: some of its layers"),
     "export": ("cli.export", "export_checkpoint", "turn a checkpoint into a Hugging Face folder"),
 }
 STAGES = {
