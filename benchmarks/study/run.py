@@ -3,8 +3,8 @@
     make model
     python benchmarks/study/run.py --minutes 60
 
-Every arm is a `lightning-itk fit`, then a `lightning-itk validate` of what it exported, on the same held-out records. Its
-rows are appended to `results/*.jsonl`, and its results per record stay in `results/records/`, for `lightning-itk compare`.
+Every arm is a `lightning-itk fit`, then a `lightning-itk validate` of what it exported, on the same held-out records.
+Its row is appended to `results/*.jsonl`; its results per record stay in `results/records/` for `lightning-itk compare`.
 """
 
 import argparse
