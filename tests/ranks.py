@@ -104,11 +104,42 @@ def adapters(student: str, strategy: str, folder: Path) -> None:
         devices=2,
         strategy=kind,
         max_epochs=1,
+        precision="bf16-mixed",
         callbacks=[ModelCheckpoint(folder, filename="trained"), HFExport(str(folder / "export"))],
         use_distributed_sampler=False,
     )
     model = SFTModule(student, lora=LoRA(r=4), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
     trainer.fit(model, datamodule=Halves())
+
+
+def half(strategy: str, ranks: int, precision: str, folder: Path) -> None:
+    """KD for an epoch in mixed precision; the weights after it, and the dtypes that were seen."""
+    kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
+    trainer = L.Trainer(
+        **QUIET,
+        devices=ranks,
+        strategy=kind,
+        precision=precision,
+        max_epochs=1,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    model = module("kd")
+    seen = {}
+    layer = model.student.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda layer, args, output: seen.update(weight=str(layer.weight.dtype)))
+    before = torch.cat([p.detach().flatten().clone() for p in model.student.parameters()])
+    trainer.fit(model, datamodule=Halves())
+    for unit in model.student.modules():
+        if hasattr(unit, "reshard"):
+            unit.reshard()
+    parameters = list(model.student.parameters())
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in parameters]
+    state = trainer.optimizers[0].state[parameters[0]]
+    seen |= {"kept": str(parameters[0].dtype), "state": str(state["exp_avg"].dtype) if "exp_avg" in state else ""}
+    if trainer.is_global_zero:
+        found = torch.cat([weight.flatten() for weight in weights])
+        torch.save({"before": before, "after": found, "seen": seen}, folder / f"{strategy}-{precision}.pt")
 
 
 def train(method: str, strategy: str, folder: Path) -> None:

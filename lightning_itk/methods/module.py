@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,6 +29,7 @@ from lightning_itk.methods.figures import Figures
 from lightning_itk.methods.finite import FiniteGuard, NonFinite
 from lightning_itk.methods.normalisation import StepSums, loss_scale, scale_gradients
 from lightning_itk.methods.resume import ResumePoint
+from lightning_itk.methods.rounding import stuck_warning
 from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, TokenFigure, on_a_pass, weighted_sum
 from lightning_itk.models.checkpoint import plain_hparams
@@ -230,20 +232,24 @@ class InstructionModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.device_mesh is None:
             return
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         if (size := self.device_mesh["tensor_parallel"].size()) > 1:
             raise ValueError(
                 f"tensor_parallel_size is {size}, but no model is split that way here: every rank would hold it whole; "
                 "set tensor_parallel_size: 1 and data_parallel_size to the number of ranks"
             )
-        mesh = self.device_mesh["data_parallel"]
+        how: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
+        if half := {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision)):
+            # What autocast would do after the weights have travelled in twice the bytes. Its inputs stay: rotary
+            # embeddings are fp32.
+            how["mp_policy"] = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
         for model in self.models():
             if isinstance(model, FSDPModule):
                 continue
             for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+                fully_shard(layer, **how)
+            fully_shard(model, **how)
 
     def on_fit_start(self) -> None:
         if "deepspeed" in type(self.trainer.strategy).__name__.lower():
@@ -264,6 +270,8 @@ class InstructionModule(L.LightningModule):
     def on_train_start(self) -> None:
         self._resume.restore(self.trainer)
         self._figures.begin()
+        if warning := stuck_warning(self.trainer.optimizers[0].param_groups):
+            rank_zero_warn(warning)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         def closure() -> Any:
