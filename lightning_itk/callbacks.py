@@ -16,6 +16,7 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.export import check_replaceable, export
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType
+from lightning_itk.models.precision import reshard
 from lightning_itk.outputs import check_output, note_output
 from lightning_itk.trainer import datamodule, log_folder, replica
 
@@ -140,6 +141,7 @@ class ResponseWriter(Callback):
 
 def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:
     """What RunCard prints, by name."""
+    reshard(module)
     facts = {}
     for number, model in enumerate(module.models()):
         base = base_causal_lm(model)

@@ -11,7 +11,7 @@ from tiny import QUIET, byte_tokenizer, tiny_model
 from torch.distributed.tensor import DTensor
 
 from lightning_itk import batch as b
-from lightning_itk.callbacks import HFExport, RunCard
+from lightning_itk.callbacks import HFExport, RunCard, run_facts
 from lightning_itk.data import InstructionDataModule
 from lightning_itk.methods.kd import KDModule
 from lightning_itk.methods.sft import SFTModule
@@ -130,9 +130,7 @@ def half(strategy: str, ranks: int, precision: str, folder: Path) -> None:
     layer.register_forward_hook(lambda layer, args, output: seen.update(weight=str(layer.weight.dtype)))
     before = torch.cat([p.detach().flatten().clone() for p in model.student.parameters()])
     trainer.fit(model, datamodule=Halves())
-    for unit in model.student.modules():
-        if hasattr(unit, "reshard"):
-            unit.reshard()
+    assert ", torch.float32, " in run_facts(trainer, model)["student"]
     parameters = list(model.student.parameters())
     weights = [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in parameters]
     state = trainer.optimizers[0].state[parameters[0]]

@@ -18,6 +18,7 @@ from lightning_itk.files import take_place
 from lightning_itk.models.checkpoint import read_checkpoint
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
+from lightning_itk.models.precision import reshard
 
 _MANIFEST = "itk_export.json"  # which files of a folder an export wrote
 
@@ -93,9 +94,7 @@ def _gathered(student: torch.nn.Module) -> torch.nn.Module:
         whole = type(base)(copy.deepcopy(base.config))
         whole.generation_config = copy.deepcopy(base.generation_config)
         twin = get_peft_model(whole, student.peft_config["default"])  # type: ignore[index, arg-type]
-    for unit in student.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()  # after a validation the root still has its weights whole, in the dtype it computes in
+    reshard(student)
     tensors = {}
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     for name, tensor in chain(student.named_parameters(), student.named_buffers()):
