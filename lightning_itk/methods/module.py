@@ -27,6 +27,7 @@ from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.figures import Figures
 from lightning_itk.methods.finite import FiniteGuard, NonFinite
 from lightning_itk.methods.normalisation import StepSums, loss_scale, scale_gradients
+from lightning_itk.methods.optimizer import fuse
 from lightning_itk.methods.resume import ResumePoint
 from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
@@ -52,7 +53,8 @@ class InstructionModule(L.LightningModule):
         lora: Train low-rank adapters instead of all weights; null trains everything.
         gradient_checkpointing: Recompute activations in backward to save memory.
         compile: Compile the student's decoder with torch.compile.
-        optimizer: Builder that takes the trainable parameters.
+        optimizer: Builder that takes the trainable parameters. torch's Adam and AdamW step fused unless told otherwise
+            (fused: false, or foreach).
         lr_scheduler: A schedule name of transformers (cosine, linear, constant_with_warmup, ...) or a builder that
             takes the optimizer; null keeps the learning rate constant. Stepped once per optimizer step;
             ReduceLROnPlateau once per epoch, by its monitor or else val/loss.
@@ -306,6 +308,7 @@ class InstructionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        fuse(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         return {
