@@ -17,7 +17,10 @@ from lightning_itk.batch import (
     count_targets,
     flatten,
     is_packed,
+    keep_host_copy,
     left_padded,
+    on_device,
+    on_host,
     real_tokens,
     response_rows,
 )
@@ -130,7 +133,7 @@ class InstructionModule(L.LightningModule):
 
     def run_models(self, batch: Batch) -> ForwardPass:
         """Run what a step needs of the models; a method with more models than the student runs them here."""
-        rows = response_rows(batch)  # first: it waits for the device, which has little to do yet
+        rows = response_rows(batch)  # first: where it waits for the device, that has little to do yet
         return ForwardPass(batch, rows, self.run_student(batch))
 
     def run_student(self, batch: Batch) -> HiddenStates:
@@ -208,7 +211,7 @@ class InstructionModule(L.LightningModule):
                 self._packing_checked = True
             implementation = base_causal_lm(self.student).config._attn_implementation or ""
             if "flash" in implementation:
-                return flatten(batch)
+                return on_device(flatten(on_host(batch)), batch["input_ids"].device)
         return batch
 
     # Hooks
@@ -216,6 +219,11 @@ class InstructionModule(L.LightningModule):
     def _set_hparams(self, hp: Any) -> None:
         # Before Lightning copies them: no models, nothing that a weights_only checkpoint cannot hold.
         super()._set_hparams(plain_hparams(hp))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        arrived = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        ours = isinstance(batch, dict) and "input_ids" in batch  # a subclass may train on anything
+        return keep_host_copy(cast(Batch, arrived), cast(Batch, batch)) if ours else arrived
 
     def setup(self, stage: str) -> None:
         use_whole_checkpoints(self.trainer.strategy)
