@@ -38,6 +38,7 @@ class Batch(TypedDict):
     teacher_ids: Int[Tensor, "B S"]
     teachers: tuple[str, ...]  # teacher tags of the data; "" is the tag of untagged records
     attention_mask: NotRequired[Bool[Tensor, "B S"]]  # padded batches only, False at the end of rows; absent = packed
+    host_copy: NotRequired["HostCopy"]  # on a device: the batch that it was sent as
 
 
 def pad(samples: Sequence[Sample], *, pad_id: int, teachers: tuple[str, ...] = ("",), multiple: int = 1) -> Batch:
@@ -101,11 +102,36 @@ def next_token_labels(batch: Batch) -> Int[Tensor, "B S"]:
     return shifted
 
 
+class HostCopy:
+    """A batch of the CPU that was sent to a device, to look at as long as what arrived there is unchanged."""
+
+    def __init__(self, sent: Batch, arrived: Batch) -> None:
+        self._sent = sent
+        self._versions = {key: (tensor, tensor._version) for key, tensor in _tensors(arrived).items()}
+
+    def of(self, batch: Batch) -> Batch | None:
+        """The copy; None where a tensor of the batch was replaced, added, taken out or written to."""
+        now, then = _tensors(batch), self._versions
+        same = now.keys() == then.keys() and all(now[key] is t and t._version == at for key, (t, at) in then.items())
+        return self._sent if same else None
+
+
+def keep_host_copy(arrived: Batch, sent: Batch) -> Batch:
+    """A batch that arrived on a device, with the CPU's copy beside it where there is one that can be trusted."""
+    tensors = [*_tensors(arrived).values()]
+    if sent["input_ids"].device.type != "cpu" or any(t.device.type == "cpu" or t.is_inference() for t in tensors):
+        return arrived  # tensors of an inference do not tell whether they were written to
+    return Batch(**{**arrived, "host_copy": HostCopy(sent, arrived)})  # type: ignore[typeddict-item]
+
+
 def on_host(batch: Batch) -> Batch:
-    """The batch on the CPU, where looking at its numbers waits for nothing. Waits for a GPU once."""
+    """The batch on the CPU, where looking at its numbers waits for nothing. Waits for a GPU once, unless the copy that
+    was sent there is at hand."""
     if batch["input_ids"].device.type == "cpu":
         return batch
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    if "host_copy" in batch and (copy := batch["host_copy"].of(batch)) is not None:
+        return copy
+    tensors = _tensors(batch)
     copies = torch.stack([tensor.long() for tensor in tensors.values()]).cpu().unbind()
     found = {key: copy.to(tensor.dtype) for (key, tensor), copy in zip(tensors.items(), copies, strict=True)}
     return Batch(**{**batch, **found})  # type: ignore[typeddict-item]
@@ -114,7 +140,11 @@ def on_host(batch: Batch) -> Batch:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """A batch of the CPU on its way to a device, without waiting for it."""
     moved = {key: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for key, v in batch.items()}
-    return Batch(**moved)  # type: ignore[typeddict-item]
+    return keep_host_copy(Batch(**moved), batch)  # type: ignore[typeddict-item]
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 class ResponseRows(NamedTuple):
@@ -126,7 +156,7 @@ class ResponseRows(NamedTuple):
 
 
 def response_rows(batch: Batch) -> ResponseRows:
-    """What every loss looks at. Finding it waits for the GPU, so ask once per batch.
+    """What every loss looks at. Finding it waits for the GPU where `on_host` does, so ask once per batch.
 
     Raises:
         ValueError: padding that is not on the right.

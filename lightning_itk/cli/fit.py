@@ -35,7 +35,11 @@ class InstructionCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
             parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
-            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},  # RunCard says more
+            trainer_defaults={
+                "log_every_n_steps": 10,
+                "enable_model_summary": False,  # RunCard says more
+                "num_sanity_val_steps": 1,  # the longest samples come first: what they prove needs no second batch
+            },
             args=args,
             run=run,
         )

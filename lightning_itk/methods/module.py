@@ -18,7 +18,10 @@ from lightning_itk.batch import (
     count_targets,
     flatten,
     is_packed,
+    keep_host_copy,
     left_padded,
+    on_device,
+    on_host,
     real_tokens,
     response_rows,
 )
@@ -28,6 +31,7 @@ from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.figures import Figures
 from lightning_itk.methods.finite import FiniteGuard, NonFinite
 from lightning_itk.methods.normalisation import StepSums, loss_scale, scale_gradients
+from lightning_itk.methods.optimizer import fuse
 from lightning_itk.methods.resume import ResumePoint
 from lightning_itk.methods.rounding import stuck_warning
 from lightning_itk.methods.schedule import schedule
@@ -54,7 +58,8 @@ class InstructionModule(L.LightningModule):
         lora: Train low-rank adapters instead of all weights; null trains everything.
         gradient_checkpointing: Recompute activations in backward to save memory.
         compile: Compile the student's decoder with torch.compile.
-        optimizer: Builder that takes the trainable parameters.
+        optimizer: Builder that takes the trainable parameters. torch's Adam and AdamW step fused unless told otherwise
+            (fused: false, or foreach).
         lr_scheduler: A schedule name of transformers (cosine, linear, constant_with_warmup, ...) or a builder that
             takes the optimizer; null keeps the learning rate constant. Stepped once per optimizer step;
             ReduceLROnPlateau once per epoch, by its monitor or else val/loss.
@@ -138,7 +143,7 @@ class InstructionModule(L.LightningModule):
 
     def run_models(self, batch: Batch) -> ForwardPass:
         """Run what a step needs of the models; a method with more models than the student runs them here."""
-        rows = response_rows(batch)  # first: it waits for the device, which has little to do yet
+        rows = response_rows(batch)  # first: where it waits for the device, that has little to do yet
         return ForwardPass(batch, rows, self.run_student(batch))
 
     def run_student(self, batch: Batch) -> HiddenStates:
@@ -217,7 +222,7 @@ class InstructionModule(L.LightningModule):
                 self._packing_checked = True
             implementation = base_causal_lm(self.student).config._attn_implementation or ""
             if "flash" in implementation:
-                return flatten(batch)
+                return on_device(flatten(on_host(batch)), batch["input_ids"].device)
         return batch
 
     # Hooks
@@ -225,6 +230,11 @@ class InstructionModule(L.LightningModule):
     def _set_hparams(self, hp: Any) -> None:
         # Before Lightning copies them: no models, nothing that a weights_only checkpoint cannot hold.
         super()._set_hparams(plain_hparams(hp))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        arrived = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        ours = isinstance(batch, dict) and "input_ids" in batch  # a subclass may train on anything
+        return keep_host_copy(cast(Batch, arrived), cast(Batch, batch)) if ours else arrived
 
     def setup(self, stage: str) -> None:
         use_whole_checkpoints(self.trainer.strategy)
@@ -323,6 +333,7 @@ class InstructionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        fuse(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         return {

@@ -35,6 +35,12 @@ def test_the_readme_config_parses(tmp_path):
     assert config.model.init_args.attention.weight == 1.0
 
 
+def test_one_batch_is_validated_before_training(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {class_path: lightning_itk.SFTModule, init_args: {student: s}}\ndata: {train: a.jsonl}\n")
+    assert ParseOnly.start(["fit", "--config", str(path)]).config.fit.trainer.num_sanity_val_steps == 1
+
+
 def test_interpolation(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(

@@ -1,5 +1,6 @@
 """What is answered without importing torch, and by which names the command starts."""
 
+import gc
 import subprocess
 import sys
 
@@ -28,6 +29,28 @@ def test_help_and_version_cost_next_to_nothing(flag):
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "lightning_itk", "--version"], capture_output=True, text=True)
     assert done.stdout == f"lightning-itk {itk.__version__}\n"
+
+
+@pytest.mark.process
+def test_what_is_imported_is_not_looked_at_again():
+    """A process of its own: a tenth of all objects at most is left to the garbage collector."""
+    code = (
+        "import gc\n"
+        "from lightning_itk.cli.main import main\n"
+        "assert main(['fit', '--config', 'nowhere.yaml']) == 1\n"
+        "kept, frozen = len(gc.get_objects()), gc.get_freeze_count()\n"
+        "assert gc.isenabled() and kept < frozen / 10, (kept, frozen)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_objects_of_somebody_elses_process_are_theirs(capsys):
+    before = gc.get_freeze_count()
+    assert main(["fit", "--config", "nowhere.yaml"]) == 1
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+    assert "nowhere.yaml" in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys):
