@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from machine import PEERS, describe, device_works, version
-from measure import Settings, failures_as_rows
+from settings import Settings, failures_as_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
 

@@ -11,15 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import linear_ce  # noqa: E402
 import linear_kl  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import providers  # noqa: E402
 import run  # noqa: E402
+from settings import Settings  # noqa: E402
 
 SUBJECTS = list(run.SUBJECTS)
 STATUSES = {"ok", "not available", "not installed"}
@@ -111,7 +114,7 @@ def rename(monkeypatch):
 
 def test_keys_and_names_are_unambiguous():
     records = providers.RECORDS
-    names = [name for p in records for name in (p.shown, p.shown_on_cpu) if name]
+    names = [name for p in records for name in (p.shown, p.shown_on_cpu, p.formerly) if name]
     assert len(names) == len(set(names))
     assert len({p.key for p in records}) == len(records)
 
@@ -145,6 +148,8 @@ def test_tables_and_pictures_depend_on_no_name(rename, tmp_path):
         rows.append({**like, "provider": shown, "mode": "*", "status": "skipped", "reason": "nobody"})
     keys = [providers.named(row["provider"]).key for row in rows]
     assert set(keys) <= set(providers.PROVIDERS)
+    for key, row in zip(keys, rows, strict=True):  # some had another name then
+        row["provider"] = providers.PROVIDERS[key].name("cpu")
 
     def figures():
         kernels = [pictures.kernels(rows, subject) for subject in tables.KERNELS]
@@ -174,10 +179,25 @@ def test_what_compiles_for_minutes_takes_part_where_a_problem_says_so(rename, mo
     rename()  # whatever it is called
     taking_part = {}
     monkeypatch.setattr(measure, "measure", lambda one, makers, _: taking_part.update({one.compiled: set(makers)}))
-    settings = measure.Settings(device=device)
+    settings = Settings(device=device)
     makers = linear_kl.providers(settings)
     measure.measure_all(lambda shape, *_: SimpleNamespace(compiled=shape), (True, False), makers, settings)
     assert taking_part == {True: set(makers), False: set(makers) - slow}
+
+
+@pytest.mark.parametrize("subject", [linear_kl, linear_ce])
+def test_the_rival_written_by_hand_multiplies_no_ignored_row(subject):
+    shape = (400, 8, 8, 500, 0.25) if subject is linear_kl else (400, 8, 500, 0.25)
+    problem = subject.problem(subject.Shape(*shape), torch.float32, "cpu")
+    makers = subject.providers(Settings(tiny=True))
+
+    def operations(key: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            measure.call(makers[key](problem), problem.make(0, False), problem, "forward+backward")()
+        return counter.get_total_flops()
+
+    assert operations("eager") == problem.both[0]
+    assert operations("eager-all") == problem.both[0] * 400 // problem.kept
 
 
 @pytest.fixture
@@ -187,7 +207,7 @@ def rows_of(monkeypatch):
     def measured(problem=None, **makers) -> dict[str, list[dict]]:
         for key in makers:
             monkeypatch.setitem(providers.PROVIDERS, key, providers.Provider(key, key))
-        settings = measure.Settings(samples=1, warmup=0, tiny=True)
+        settings = Settings(samples=1, warmup=0, tiny=True)
         problem = problem or linear_kl.problem(linear_kl.TINY[0], torch.float32, "cpu")
         measure.measure(problem, makers, settings)
         return {key: [row for row in settings.rows if row["provider"] == key] for key in makers}
@@ -303,7 +323,7 @@ def test_the_plain_kernel_in_the_interpreter():
     code = """
 import torch
 import attention_kl as a
-from measure import Truth, check
+from problem import Truth, check
 problem = a.problem(a.Shape(1, 18, 2, 2, 8, 16, window=5, documents=2, share=0.5), torch.float32, "cpu")
 found = check(a.plain_kernel(problem), problem, Truth.of(problem))
 assert found["gradient_error"] < 1e-5 and found["value_error"] < 1e-5, found
@@ -319,7 +339,7 @@ assert found["gradient_error"] < 1e-5 and found["value_error"] < 1e-5, found
 def test_subject_in_tiny_form_on_a_gpu(subject):
     import importlib
 
-    settings = measure.Settings(device="cuda", samples=2, warmup=1, tiny=True)
+    settings = Settings(device="cuda", samples=2, warmup=1, tiny=True)
     importlib.import_module(subject).run(settings)
     ours = [r for r in settings.rows if providers.named(r["provider"]).ours]
     assert ours
