@@ -31,6 +31,7 @@ SUBJECTS = {  # name -> weight in the budget, in order of importance
     "linear_kl": 5,
     "attention_kl": 5,
     "training_step": 8,
+    "whole_step": 12,
     "linear_ce": 2,
     "kl_logits": 2,
     "limits": 2,
@@ -85,7 +86,12 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="subjects; rows of others are kept"
     )
+    parser.add_argument("--model", metavar="FOLDER", help="whole_step's model; 'whole': a random one of its full shape")
+    parser.add_argument("--student", metavar="FOLDER", help="whole_step's student; default: two thirds of its layers")
+    parser.add_argument("--data", metavar="FILE", help="records for the model of --model; default: random tokens")
     options = parser.parse_args(arguments)
+    if (options.data or options.student) and options.model in (None, "whole"):
+        parser.error("--student and --data belong to a model: give --model FOLDER")
     if options.full and not torch.cuda.is_available():
         parser.exit(1, "run.py: --full needs a GPU that torch can use; --cpu runs what a CPU can say\n")
     device = "cuda" if options.full else "cpu"
@@ -116,7 +122,8 @@ def main(arguments: list[str] | None = None) -> Path:
             file.flush()
             show(row)
 
-        settings = Settings(device=device, tiny=options.tiny, emit=emit)
+        whole = {name: getattr(options, name) for name in ("model", "student", "data")}
+        settings = Settings(device=device, tiny=options.tiny, emit=emit, **whole)
         if options.tiny:
             settings.samples, settings.warmup = 1, 0
         wanted = [subject for subject in SUBJECTS if subject in options.only]

@@ -25,6 +25,9 @@ class Settings:
     warmup: int = 3
     tiny: bool = False
     deadline: float = float("inf")  # time.monotonic() after which nothing new is started
+    model: str | None = None  # folder of the whole runs' model, or "whole"
+    student: str | None = None  # folder of a student of it
+    data: str | None = None  # file of records for that model
     rows: list[dict[str, Any]] = field(default_factory=list)
     emit: Callable[[dict[str, Any]], None] = lambda row: None
 
