@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--student", metavar="FOLDER", help="whole_step's student; default: two thirds of its layers")
     parser.add_argument("--data", metavar="FILE", help="records for the model of --model; default: random tokens")
     options = parser.parse_args(arguments)
+    if options.model not in (None, "whole") and not Path(options.model, "config.json").is_file():
+        parser.error(f"--model {options.model}: there is no config.json in it")
     if (options.data or options.student) and options.model in (None, "whole"):
         parser.error("--student and --data belong to a model: give --model FOLDER")
     if options.full and not torch.cuda.is_available():
@@ -107,6 +109,8 @@ def main(arguments: list[str] | None = None) -> Path:
     options.output.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", describe(device)["device"].lower()).strip("-")
     kind = "tiny" if options.tiny else device
+    if options.model:  # beside the rows of the model that a run without it takes
+        kind += f"-{Path(options.model).name}"
     path = options.output / f"{datetime.date.today()}-{name}-{kind}.jsonl"
     start = time.monotonic()
     kept = []

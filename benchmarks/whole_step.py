@@ -77,7 +77,8 @@ class Models(NamedTuple):
             whole = settings.model == "whole" or settings.device == "cuda"
             config = SMALL if settings.tiny else WHOLE if whole else CUT
             alone, layers = {"config": config, "seed": 0}, config["num_hidden_layers"]
-            name = "tiny" if settings.tiny else "random, SmolLM2-135M's shape" if whole else "random, that shape cut"
+            name = f"random, {layers} layers x {config['hidden_size']}"
+            name += " (SmolLM2-135M's shape)" if config is WHOLE else ""
             vocab, teacher = config["vocab_size"], {"config": config, "seed": 1}
         else:
             path = Path(settings.model)
@@ -206,7 +207,7 @@ def run(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_examples(Path(folder, "examples.npz"), examples)
         runs = [
-            _run(provider, method, precision, models, size, Path(folder), settings.device)
+            planned(provider, method, precision, models, size, Path(folder), settings.device)
             for method, precision in RUNS[settings.device]
             for provider in METHODS[method]
         ]
@@ -221,7 +222,8 @@ def run(settings: Settings) -> None:
             settings.add(**one.row, status="skipped", reason="time budget")
 
 
-def _run(provider: str, method: str, precision: str, models: Models, size: Size, folder: Path, device: str) -> Run:
+def planned(provider: str, method: str, precision: str, models: Models, size: Size, folder: Path, device: str) -> Run:
+    """A loop that has not begun."""
     job = Job(
         provider=provider,
         method=method,

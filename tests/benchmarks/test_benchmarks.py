@@ -62,7 +62,7 @@ def test_pictures_are_drawn(results, tmp_path):
     import pictures
 
     path = tmp_path / "all.jsonl"
-    subjects = ("accuracy", "attention_kl", "training_step", "limits")
+    subjects = ("accuracy", "attention_kl", "training_step", "whole_step", "limits")
     path.write_text("".join(results(subject).read_text() for subject in subjects))
     drawn = {picture.stem.removeprefix("all-") for picture in pictures.draw(path)}
     assert drawn == set(subjects)
@@ -88,7 +88,7 @@ def test_tables_hold_every_subject(results, tmp_path):
     path = tmp_path / "all.jsonl"
     path.write_text("".join(results(subject).read_text() for subject in SUBJECTS))
     text = tables.markdown(path)
-    assert text.count("#### ") == 2 + len(tables.KERNELS) + 3
+    assert text.count("#### ") == 2 + len(tables.KERNELS) + 4
     assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
 
 
@@ -153,7 +153,7 @@ def test_tables_and_pictures_depend_on_no_name(rename, tmp_path):
 
     def figures():
         kernels = [pictures.kernels(rows, subject) for subject in tables.KERNELS]
-        for figure in (pictures.accuracy(rows), pictures.steps(rows), pictures.limits(rows), *kernels):
+        for figure in (pictures.accuracy(rows), pictures.steps(rows, "training_step"), pictures.limits(rows), *kernels):
             for axis in figure.axes:
                 texts = [*axis.texts, *axis.get_yticklabels(), *(axis.legend_.texts if axis.legend_ else ())]
                 yield [text.get_text() for text in texts]
@@ -334,7 +334,7 @@ assert found["gradient_error"] < 1e-5 and found["value_error"] < 1e-5, found
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "subject", ["accuracy", "linear_kl", "linear_ce", "kl_logits", "attention_kl", "training_step"]
+    "subject", ["accuracy", "linear_kl", "linear_ce", "kl_logits", "attention_kl", "training_step", "whole_step"]
 )
 def test_subject_in_tiny_form_on_a_gpu(subject):
     import importlib
