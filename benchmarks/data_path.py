@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from measure import quantiles
+from measure import quantiles, repeated
 from settings import Settings, failures_as_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training_step import TINY, build
@@ -90,7 +90,6 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.repeats = settings.samples
 
     def rate(self, what: str, key: str, unit: str, action: Callable[[], Any], wall: bool = False, **shape: Any) -> None:
         """`action` returns how many units it did, or (units, more columns). Processor time, or `wall` time."""
@@ -103,7 +102,7 @@ class Bench:
             times, extra = [], {}
             if not self.settings.tiny:
                 action()  # imports and file caches
-            for _ in range(self.repeats):
+            for _ in repeated(self.settings):
                 start = seconds()
                 result: Any = action()
                 times.append(1e3 * (seconds() - start))

@@ -40,7 +40,7 @@ class Example(NamedTuple):
 
 def write_examples(path: Path, examples: list[Example]) -> None:
     lengths = np.array([[len(e.ids), e.start] for e in examples])
-    np.savez(path, ids=np.concatenate([e.ids for e in examples]), lengths=lengths)
+    np.savez(path, ids=np.concatenate([e.ids for e in examples], dtype=np.int64), lengths=lengths)
 
 
 def read_examples(path: str) -> list[Example]:

@@ -5,7 +5,8 @@ the function against the reference (value and every gradient), and only a right 
 that can go wrong (not installed, out of memory, an exception) becomes a row that says so.
 """
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from providers import PROVIDERS
 from settings import Settings, failures_as_rows, require
 
 MODES = ("forward+backward", "forward", "eval")
+FEWEST, PATIENCE = 10, 4.0  # samples; seconds after which no more than those are taken
 
 
 def measure_all(problem: Callable[..., Problem], shapes: Iterable[Any], makers: Makers, settings: Settings) -> None:
@@ -31,12 +33,21 @@ def made(key: str, make: Make, problem: Problem) -> Loss:
     return make(problem)
 
 
+def repeated(settings: Settings) -> Iterator[None]:
+    """As many samples as the settings say, or the fewest that do where they take long."""
+    begin = time.monotonic()
+    for taken in range(settings.samples):
+        if taken >= FEWEST and time.monotonic() - begin > PATIENCE:
+            return
+        yield
+
+
 def sample_ms(action: Callable[[], Any], settings: Settings) -> list[float]:
     """Milliseconds of single calls, each from a cold cache, sorted: device events, or processor time on a CPU."""
     device, times = settings.device, []
     for _ in range(settings.warmup):
         action()
-    for _ in range(settings.samples):
+    for _ in repeated(settings):
         if not settings.tiny:
             flush_cache(device)
         if device == "cuda":

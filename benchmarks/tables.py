@@ -118,12 +118,12 @@ def loops(rows: list[Row]) -> Iterator[str]:
     lines = [
         [r["shape"]["method"], r["shape"]["precision"], r["provider"],
          f"{number(r['ms'])} ({number(r['ms_p20'])} to {number(r['ms_p80'])})", number(r["wall_ms"]),
-         number(r["tokens_per_s"]), number(r["memory_mib"]), number(r["before_mib"]), number(r["start_s"]),
+         number(r["tokens_per_s"]), number(r["memory_mib"]), number(r["start_s"]),
          number(100 * r["fill"], " %"), f"{r['gradient_error']:.0e}"]
         for r in done
     ]  # fmt: skip
-    head = ["method", "precision", "by", "step, ms", "wall, ms", "tokens / s", "peak MiB", "MiB before the first step",
-            "s until it", "full", "gradient error"]  # fmt: skip
+    head = ["method", "precision", "by", "step, ms", "wall, ms", "tokens / s", "peak MiB", "s until the first step",
+            "full", "gradient error"]  # fmt: skip
     for name in dict.fromkeys(shape_name({k: v for k, v in r["shape"].items() if k in SIZES}) for r in done):
         yield from section(f"Whole runs: {name}", head, lines)
     yield from missing(own)

@@ -1,9 +1,7 @@
-"""The benchmarks run in their tiny form, refuse to time what is wrong, and their results can be read and drawn."""
+"""The benchmarks run in their tiny form, and refuse to time what is wrong."""
 
-import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,20 +26,6 @@ SUBJECTS = list(run.SUBJECTS)
 STATUSES = {"ok", "not available", "not installed"}
 
 
-@pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    """`results(subject)` -> the file of a tiny run; made once per subject."""
-    made: dict[str, Path] = {}
-
-    def make(subject: str) -> Path:
-        if subject not in made:
-            folder = tmp_path_factory.mktemp(subject)
-            made[subject] = run.main(["--tiny", "--only", subject, "--output", str(folder)])
-        return made[subject]
-
-    return make
-
-
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_subject_in_tiny_form(results, subject):
     from pictures import read
@@ -56,60 +40,6 @@ def test_subject_in_tiny_form(results, subject):
         assert {"device", "torch", "triton", "commit", "date", "cores", "load_at_start"} <= row.keys()
     timed = [r for r in rows if r["status"] == "ok" and r.get("percent_of_floor")]
     assert all(r["ms_p20"] <= r["ms"] <= r["ms_p80"] and r["kl"] > 0 for r in timed)
-
-
-def test_pictures_are_drawn(results, tmp_path):
-    import pictures
-
-    path = tmp_path / "all.jsonl"
-    subjects = ("accuracy", "attention_kl", "training_step", "whole_step", "limits")
-    path.write_text("".join(results(subject).read_text() for subject in subjects))
-    drawn = {picture.stem.removeprefix("all-") for picture in pictures.draw(path)}
-    assert drawn == set(subjects)
-
-
-def test_the_report_says_what_the_rows_say():
-    import tables
-
-    report = (BENCHMARKS / "README.md").read_text()
-    held = re.findall(r"<!-- tables of (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
-    assert held
-    for path, text in held:
-        assert text == tables.markdown(BENCHMARKS / path)
-    held = re.findall(r"<!-- changes since (\S+) in (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
-    assert held
-    for before, after, text in held:
-        assert text == tables.changes(BENCHMARKS / before, BENCHMARKS / after)
-
-
-def test_tables_hold_every_subject(results, tmp_path):
-    import tables
-
-    path = tmp_path / "all.jsonl"
-    path.write_text("".join(results(subject).read_text() for subject in SUBJECTS))
-    text = tables.markdown(path)
-    assert text.count("#### ") == 2 + len(tables.KERNELS) + 4
-    assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
-
-
-@pytest.fixture
-def rename(monkeypatch):
-    """`rename()` gives every provider another name; returns what puts the names of a CPU back into a text."""
-
-    def renamed():
-        known = dict(providers.PROVIDERS)
-        for key, record in known.items():
-            other = dataclasses.replace(record, shown=f"<{key}>", shown_on_cpu=None)
-            monkeypatch.setitem(providers.PROVIDERS, key, other)
-
-        def back(text: str) -> str:
-            for key, record in known.items():
-                text = text.replace(f"<{key}>", record.name("cpu"))
-            return text
-
-        return back
-
-    return renamed
 
 
 def test_keys_and_names_are_unambiguous():
@@ -134,44 +64,6 @@ def test_a_run_depends_on_no_name(results, rename, monkeypatch, tmp_path, subjec
     after = run.main(["--tiny", "--only", subject, "--output", str(tmp_path)]).read_text()
     assert after != back(after)
     assert decided(back(after)) == decided(before)
-
-
-def test_tables_and_pictures_depend_on_no_name(rename, tmp_path):
-    """The rows of the report, and some about nobody, under other names: the same text, bars, lines and colours."""
-    import pictures
-    import tables
-
-    rows = pictures.read(BENCHMARKS / "results" / "2026-11-21-amd-epyc-cpu.jsonl")
-    for key, subject in [("all", "training_step"), *((k, s) for k in ("all", "reference") for s in tables.KERNELS)]:
-        like = next(row for row in rows if row["subject"] == subject)
-        shown = providers.PROVIDERS[key].shown
-        rows.append({**like, "provider": shown, "mode": "*", "status": "skipped", "reason": "nobody"})
-    keys = [providers.named(row["provider"]).key for row in rows]
-    assert set(keys) <= set(providers.PROVIDERS)
-    for key, row in zip(keys, rows, strict=True):  # some had another name then
-        row["provider"] = providers.PROVIDERS[key].name("cpu")
-
-    def figures():
-        kernels = [pictures.kernels(rows, subject) for subject in tables.KERNELS]
-        for figure in (pictures.accuracy(rows), pictures.steps(rows, "training_step"), pictures.limits(rows), *kernels):
-            for axis in figure.axes:
-                texts = [*axis.texts, *axis.get_yticklabels(), *(axis.legend_.texts if axis.legend_ else ())]
-                yield [text.get_text() for text in texts]
-                yield [(bar.get_facecolor(), bar.get_y(), bar.get_width()) for bar in axis.patches]
-                yield [(x.get_color(), x.get_linewidth(), x.get_marker(), x.get_xydata().tolist()) for x in axis.lines]
-            pictures.plt.close(figure)
-
-    def everything() -> str:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        return tables.markdown(path) + tables.changes(path, path) + json.dumps(list(figures()), default=float)
-
-    before = everything()
-    back = rename()
-    for key, row in zip(keys, rows, strict=True):
-        row["provider"] = providers.PROVIDERS[key].shown
-    assert back(everything()) == before
-    assert "nobody" not in before
 
 
 @pytest.mark.parametrize(("device", "slow"), [("cpu", {"compile"}), ("cuda", {"compile", "chunked"})])
@@ -270,6 +162,20 @@ def test_what_goes_wrong_becomes_a_row(rows_of):
     found = rows_of(missing=missing, full=full, broken=broken)
     statuses = {name: rows[0]["status"] for name, rows in found.items()}
     assert statuses == {"missing": "not installed", "full": "out of memory", "broken": "failed"}
+
+
+def test_fewer_samples_of_what_takes_long(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now)
+
+    def samples(seconds: float) -> int:
+        nonlocal now
+        taken = 0
+        for _ in measure.repeated(Settings()):
+            taken, now = taken + 1, now + seconds
+        return taken
+
+    assert [samples(seconds) for seconds in (0.1, 0.3, 9.0)] == [20, 14, 10]
 
 
 def test_no_time_left(tmp_path):

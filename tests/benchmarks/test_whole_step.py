@@ -28,7 +28,7 @@ def rows_of(monkeypatch):
     def rows(precision="32-true", method="sft", settings=None, **made) -> dict[str, dict]:
         monkeypatch.setattr(whole_step, "require", lambda key: None)
         monkeypatch.setattr(whole_step, "METHODS", {method: tuple(made)})
-        monkeypatch.setattr(whole_step, "RUNS", {"cpu": ((method, precision),)})
+        monkeypatch.setattr(whole_step, "RUNS", {"tiny": ((method, precision),)})
         for key, loop in made.items():
             monkeypatch.setitem(loops.LOOPS, key, loop)
         settings = settings or Settings(tiny=True)
