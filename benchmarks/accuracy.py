@@ -10,7 +10,9 @@ from functools import partial
 import attention_kl
 import linear_kl
 import torch
-from measure import Inputs, Loss, Makers, Problem, Settings, Truth, check, failures_as_rows, made
+from measure import made
+from problem import Inputs, Loss, Makers, Problem, Truth, check
+from settings import Settings, failures_as_rows
 from torch import Tensor
 
 CLOSENESS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -77,7 +79,7 @@ def trl_gkd(problem: Problem) -> Loss:
 def head_providers(settings: Settings) -> Makers:
     plain = dataclasses.replace(settings, tiny=True)  # no compiler: it rounds as eager does
     known = linear_kl.providers(plain)
-    del known["compile"]
+    del known["compile"], known["eager-all"]
     eager = known.pop("eager")
     return {**known, "bf16-logits": eager, "trl-gkd": trl_gkd}
 

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
+from measure import compiled, measure_all
+from problem import Inputs, Loss, Make, Problem
+from settings import Settings, Unavailable
 from torch import Tensor
 
 from lightning_itk.attention import attention_kl

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from measure import Settings, failures_as_rows, quantiles
+from measure import quantiles, repeated
+from settings import Settings, failures_as_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training_step import TINY, build
 from transformers import PreTrainedTokenizerFast
@@ -89,7 +90,6 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.repeats = settings.samples
 
     def rate(self, what: str, key: str, unit: str, action: Callable[[], Any], wall: bool = False, **shape: Any) -> None:
         """`action` returns how many units it did, or (units, more columns). Processor time, or `wall` time."""
@@ -102,7 +102,7 @@ class Bench:
             times, extra = [], {}
             if not self.settings.tiny:
                 action()  # imports and file caches
-            for _ in range(self.repeats):
+            for _ in repeated(self.settings):
                 start = seconds()
                 result: Any = action()
                 times.append(1e3 * (seconds() - start))
@@ -218,14 +218,18 @@ def loading(bench: Bench, corpus: Corpus) -> None:
         for sample in samples[np.arange(len(samples))]
     ]
 
-    def plain() -> tuple[float, dict[str, float]]:
+    def plain(grouped: bool) -> tuple[float, dict[str, float]]:
         from transformers import DataCollatorForSeq2Seq
+        from transformers.trainer_pt_utils import LengthGroupedSampler
 
         collate: Any = DataCollatorForSeq2Seq(corpus.tokenizer)
-        loader = torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collate)
+        lengths = [len(row["input_ids"]) for row in rows]
+        order: Any = {"sampler": LengthGroupedSampler(8, lengths=lengths)} if grouped else {"shuffle": True}
+        loader = torch.utils.data.DataLoader(rows, batch_size=8, collate_fn=collate, **order)
         return through(loader, lambda batch: batch["attention_mask"])
 
-    bench.rate("load", "loader", "tokens", plain, data=corpus.data)
+    for key, grouped in (("loader", False), ("loader-grouped", True)):
+        bench.rate("load", key, "tokens", partial(plain, grouped), data=corpus.data)
 
 
 def choosing(bench: Bench, rows: int) -> None:

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 from linear_kl import eager_rows, options
-from measure import Inputs, Loss, Make, Problem, Settings, compiled, measure_all
+from measure import compiled, measure_all
+from problem import Inputs, Loss, Make, Problem
+from settings import Settings
 from torch import Tensor
 
 from lightning_itk.losses import kl_divergence

@@ -9,9 +9,11 @@ import attention_kl
 import linear_kl
 import torch
 from machine import synchronize
-from measure import Make, Problem, Settings, Unavailable, call, made, visible_memory
+from measure import call, made, visible_memory
 from memory import peak_mib
+from problem import Make, Problem
 from providers import PROVIDERS
+from settings import Settings, Unavailable
 
 CPU_MIB = 2048  # a CPU run stops here instead of filling the machine
 

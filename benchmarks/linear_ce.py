@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from linear_kl import targets
-from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
+from measure import compiled, measure_all
+from problem import Inputs, Loss, Make, Problem
+from settings import Settings, Unavailable
 from torch import Tensor
 
 from lightning_itk.losses import linear_cross_entropy
@@ -70,12 +72,42 @@ def ours(problem: Problem, impl: str) -> Loss:
     return lambda x: linear_cross_entropy(x["hidden"], x["head"], x["labels"], impl=impl)  # type: ignore[arg-type]
 
 
-def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
-    def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
+def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """All logits in the model's dtype, as a model returns them; softmax in fp32."""
+    return F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
 
+
+def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
+    """Of the rows that count only. Compiled where settings are given."""
     run = whole if settings is None else compiled(whole, settings)
-    return lambda x: run(x["hidden"], x["head"], x["labels"])
+
+    def loss(x: Inputs) -> Tensor:
+        keep = (x["labels"] != -100).nonzero().flatten()
+        return run(x["hidden"][keep], x["head"], x["labels"][keep])
+
+    return loss
+
+
+def eager_all(problem: Problem) -> Loss:
+    if problem.shape["share"] == 1:
+        raise Unavailable("no row is ignored here")
+    return lambda x: whole(x["hidden"], x["head"], x["labels"])
+
+
+def trl_chunked(problem: Problem) -> Loss:
+    """What TRL's SFTTrainer computes from hidden states, its metrics with it: Triton on a GPU, torch on a CPU."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    def loss(x: Inputs) -> Tensor:
+        hidden, labels, keep = x["hidden"], x["labels"], x["labels"] != -100
+        compact = hidden.is_cuda  # where Triton is, TRL leaves ignored rows out before the product
+        hidden, labels = (hidden[keep], labels[keep]) if compact else (hidden, labels.clamp(min=0))
+        found = ChunkedLogProbFunction.apply(
+            hidden, x["head"], None, labels, 1.0, 32768, None, 1.0, ("log_probs", "entropy", "is_top1")
+        )
+        return -(found[0] if compact else found[0].masked_fill(~keep, 0)).sum()
+
+    return loss
 
 
 def torch_linear(problem: Problem) -> Loss:
@@ -99,6 +131,8 @@ def providers(settings: Settings) -> dict[str, Make]:
         "triton": partial(ours, impl="triton"),
         "torch": partial(ours, impl="torch"),
         "eager": eager_loss,
+        "eager-all": eager_all,
+        "trl-ce": trl_chunked,
         "torch-ce": torch_linear,
         "liger-ce": liger,
         "compile": partial(eager_loss, settings=settings),

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Inputs, Loss, Make, Problem, Settings, Unavailable, compiled, measure_all
+from measure import compiled, measure_all
+from problem import Inputs, Loss, Make, Problem
+from settings import Settings, Unavailable
 from torch import Tensor
 
 from lightning_itk.losses import linear_kl_divergence
@@ -125,12 +127,12 @@ def eager_rows(student: Tensor, teacher: Tensor, kind: str, beta: float, tempera
 
 
 def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
-    """All logits in the models' dtype, as models return them; softmax in fp32. Compiled where settings are given."""
+    """All logits of the rows that count, in the models' dtype; softmax in fp32. Compiled where settings are given."""
 
     def rows(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, keep: Tensor) -> Tensor:
-        student = F.linear(hidden, head)[keep].float()
+        student = F.linear(hidden[keep], head).float()
         with torch.no_grad():
-            teacher = F.linear(teacher_hidden, teacher_head)[keep].float()
+            teacher = F.linear(teacher_hidden[keep], teacher_head).float()
         return eager_rows(student, teacher, **options(problem))
 
     run = rows if settings is None else compiled(rows, settings)
@@ -142,7 +144,45 @@ def eager_loss(problem: Problem, settings: Settings | None = None) -> Loss:
     return loss
 
 
-def _liger_beta(problem: Problem) -> float:
+def eager_all(problem: Problem) -> Loss:
+    """Logits of every row, as models return them; those that do not count are left out afterwards."""
+    if problem.shape["share"] == 1:
+        raise Unavailable("no row is ignored here")
+
+    def loss(x: Inputs) -> Tensor:
+        keep = (x["labels"] != -100).nonzero().flatten()
+        student = F.linear(x["student_hidden"], x["student_head"])[keep].float()
+        with torch.no_grad():
+            teacher = F.linear(x["teacher_hidden"], x["teacher_head"])[keep].float()
+        return eager_rows(student, teacher, **options(problem))
+
+    return loss
+
+
+def trl_chunked(problem: Problem) -> Loss:
+    """What TRL's DistillationTrainer computes from hidden states: Triton on a GPU, torch operators on a CPU."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    temperature = problem.shape["temperature"]
+
+    def loss(x: Inputs) -> Tensor:
+        value, _, _ = _chunked_divergence_loss(
+            x["student_hidden"][None],
+            x["teacher_hidden"][None],
+            x["student_head"],
+            x["teacher_head"],
+            (x["labels"] != -100)[None],
+            beta=_beta(problem),
+            num_items_in_batch=1,
+            temperature=temperature,
+        )
+        return value * temperature**2
+
+    return loss
+
+
+def _beta(problem: Problem) -> float:
+    """How Liger and TRL say the kind."""
     return {"forward": 0.0, "reverse": 1.0, "jsd": problem.shape["beta"]}[problem.shape["kind"]]
 
 
@@ -155,7 +195,7 @@ def _liger_sum(problem: Problem, module: Callable[..., Tensor]) -> Loss:
 def liger_fused(problem: Problem) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    module = LigerFusedLinearJSD(jsd_beta=_liger_beta(problem), temperature=problem.shape["temperature"])
+    module = LigerFusedLinearJSD(jsd_beta=_beta(problem), temperature=problem.shape["temperature"])
     return _liger_sum(problem, module)
 
 
@@ -165,7 +205,7 @@ def liger_chunked(problem: Problem, settings: Settings) -> Loss:
     module = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0,
         weight_soft_loss=1.0,
-        beta=_liger_beta(problem),
+        beta=_beta(problem),
         temperature=problem.shape["temperature"],
         compiled=settings.device == "cuda" and not settings.tiny,
     )
@@ -202,6 +242,8 @@ def providers(settings: Settings) -> dict[str, Make]:
         "triton": partial(ours, impl="triton"),
         "torch": partial(ours, impl="torch"),
         "eager": eager_loss,
+        "eager-all": eager_all,
+        "trl-kl": trl_chunked,
         "liger-jsd": liger_fused,
         "orda": orda,
         "compile": partial(eager_loss, settings=settings),

@@ -61,7 +61,7 @@ def describe(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": version("triton"),
         "python": platform.python_version(),
-        "peers": {name: version(name) for name in PEERS},
+        "peers": {name: version(name) for name in ("lightning", "transformers", *PEERS)},
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": _commit(),
     }

@@ -1,7 +1,10 @@
-"""Peak memory of a call beyond what was allocated before it."""
+"""Peak memory: of a call beyond what was allocated before it, and of a whole process."""
 
+import resource
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,3 +61,15 @@ def peak_mib(action: Callable[[], Any], device: str) -> float:
         peak = counter.peak
     del kept
     return peak / 2**20
+
+
+def process_mib(line: str) -> float:
+    """A line of /proc/self/status: VmRSS, what this process holds now; VmHWM, the most it has held.
+
+    The peak that getrusage knows begins at what the parent process held. It is what there is where there is no /proc.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(found.split()[1]) / 2**10 for found in lines if found.startswith(line))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,11 +1,14 @@
 """Draw the results.
 
     python benchmarks/pictures.py benchmarks/results/DATE-DEVICE-cpu.jsonl
+    python benchmarks/pictures.py                                            # all that were drawn before, again
 
-Beside the file: gradient error against KL, time with the floor drawn in and memory per subject, training steps, limits.
+Beside the file: gradient error against KL, time with the floor drawn in and memory per subject, training steps, whole
+runs, limits.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from matplotlib.figure import Figure
 from providers import named
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
 OTHERS = ("#f0a43a", "#59a14f", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 
 
@@ -81,8 +85,16 @@ def accuracy(rows: list[Row]) -> Figure | None:
     return _finished(figure, title, rows, 0.08, note, size=11)
 
 
-def _bars(axis: Axes, rows: list[Row], column: str, label: str, providers: list[str], form: str = "{:.3g}") -> None:
-    colours = _colours(providers)
+def _bars(
+    axis: Axes,
+    rows: list[Row],
+    column: str,
+    label: str,
+    providers: list[str],
+    form: str = "{:.3g}",
+    colours: dict[str, str] | None = None,
+) -> None:
+    colours = colours or _colours(providers)
     by_name = {r["provider"]: r for r in rows}
     largest = max([v for r in rows if r["status"] == "ok" and (v := r.get(column)) is not None], default=1.0)
     for place, name in enumerate(providers):
@@ -131,20 +143,40 @@ def kernels(rows: list[Row], subject: str) -> Figure | None:
     return _finished(figure, f"{subject}: forward + backward", own)
 
 
-def steps(rows: list[Row]) -> Figure | None:
-    """Tokens per second and peak memory of whole training steps."""
-    own = [r for r in rows if r["subject"] == "training_step" and named(r["provider"]).role != "nobody"]
-    methods = _unique(r["shape"]["method"] for r in own)
-    if not methods:
+def steps(rows: list[Row], subject: str) -> Figure | None:
+    """Tokens per second and, below, peak memory of every method, each with those who take part in it."""
+    own = [r for r in rows if r["subject"] == subject and named(r["provider"]).role != "nobody"]
+    own.sort(key=lambda row: row["status"] != "ok")
+    if not own:
         return None
-    figure, axes = plt.subplots(2, len(methods), figsize=(2.3 * len(methods) + 1.6, 4.4), squeeze=False, sharey=True)
-    providers = _unique(r["provider"] for r in own)
-    for column, method in enumerate(methods):
-        here = [r for r in own if r["shape"]["method"] == method]
-        _bars(axes[0][column], here, "tokens_per_s", "tokens / s", providers, "{:,.0f}")
-        axes[0][column].set_title(method, fontsize=8)
-        _bars(axes[1][column], here, "memory_mib", "MiB beyond weights and optimizer", providers)
-    return _finished(figure, "one training step", own)
+    alone, memory = subject == "training_step", "MiB beyond weights and optimizer"
+    title = "one training step" if alone else f"whole runs: {own[0]['shape']['model']}"
+    if not alone:
+        memory = "MiB, the allocator's peak" if own[0]["kind"] == "cuda" else "MiB, peak of the process"
+    methods: dict[str, list[Row]] = {}
+    for row in own:
+        shape = row["shape"]
+        methods.setdefault(shape["method"] if alone else f"{shape['method']}, {shape['precision']}", []).append(row)
+    wide = min(len(methods), 4)
+    deep = -(-len(methods) // wide)
+    most = max(len(here) for here in methods.values())
+    size = (4.2 * wide, deep * 2 * (0.24 * most + 0.7) + 0.8)
+    figure, axes = plt.subplots(2 * deep, wide, figsize=size, squeeze=False)
+    colours = _colours(_unique(r["provider"] for r in own))
+    places = [(axes[2 * (i // wide)][i % wide], axes[2 * (i // wide) + 1][i % wide]) for i in range(deep * wide)]
+    for (above, below), name in itertools.zip_longest(places, methods):
+        if name is None:
+            above.remove()
+            below.remove()
+            continue
+        here = methods[name]
+        providers = _unique(r["provider"] for r in here)
+        _bars(above, here, "tokens_per_s", "tokens / s", providers, "{:,.0f}", colours)
+        _bars(below, here, "memory_mib", memory, providers, "{:,.3g}" if alone else "{:,.0f}", colours)
+        above.set_title(name, fontsize=9)
+        above.set_ylim(most - 0.5, -0.5)  # bars of one height
+        below.set_ylim(most - 0.5, -0.5)
+    return _finished(figure, title, own)
 
 
 def limits(rows: list[Row]) -> Figure | None:
@@ -173,7 +205,8 @@ def limits(rows: list[Row]) -> Figure | None:
 def draw(path: Path, output: Path | None = None) -> list[Path]:
     """All pictures that the results allow, as PNG files named after the result file."""
     rows, drawn = read(path), []
-    figures = {"accuracy": accuracy(rows), "training_step": steps(rows), "limits": limits(rows)}
+    figures = {"accuracy": accuracy(rows), "limits": limits(rows)}
+    figures |= {subject: steps(rows, subject) for subject in ("training_step", "whole_step")}
     figures |= {subject: kernels(rows, subject) for subject in ("linear_kl", "linear_ce", "kl_logits", "attention_kl")}
     for name, figure in figures.items():
         if figure is not None:
@@ -186,10 +219,11 @@ def draw(path: Path, output: Path | None = None) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("results", type=Path, nargs="*", help="default: those in results/ that have pictures already")
     parser.add_argument("--output", type=Path, help="folder of the pictures; default: beside the results")
     options = parser.parse_args()
-    for path in options.results:
+    drawn = [path for path in sorted(RESULTS.glob("*.jsonl")) if any(RESULTS.glob(f"{path.stem}-*.png"))]
+    for path in options.results or drawn:
         for picture in draw(path, options.output):
             print(picture)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from machine import PEERS, describe, device_works, version
-from measure import Settings, failures_as_rows
+from settings import Settings, failures_as_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
 
@@ -31,6 +31,7 @@ SUBJECTS = {  # name -> weight in the budget, in order of importance
     "linear_kl": 5,
     "attention_kl": 5,
     "training_step": 8,
+    "whole_step": 12,
     "linear_ce": 2,
     "kl_logits": 2,
     "limits": 2,
@@ -85,7 +86,14 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="subjects; rows of others are kept"
     )
+    parser.add_argument("--model", metavar="FOLDER", help="whole_step's model; 'whole': a random one of its full shape")
+    parser.add_argument("--student", metavar="FOLDER", help="whole_step's student; default: two thirds of its layers")
+    parser.add_argument("--data", metavar="FILE", help="records for the model of --model; default: random tokens")
     options = parser.parse_args(arguments)
+    if options.model not in (None, "whole") and not Path(options.model, "config.json").is_file():
+        parser.error(f"--model {options.model}: there is no config.json in it")
+    if (options.data or options.student) and options.model in (None, "whole"):
+        parser.error("--student and --data belong to a model: give --model FOLDER")
     if options.full and not torch.cuda.is_available():
         parser.exit(1, "run.py: --full needs a GPU that torch can use; --cpu runs what a CPU can say\n")
     device = "cuda" if options.full else "cpu"
@@ -101,6 +109,8 @@ def main(arguments: list[str] | None = None) -> Path:
     options.output.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", describe(device)["device"].lower()).strip("-")
     kind = "tiny" if options.tiny else device
+    if options.model:  # beside the rows of the model that a run without it takes
+        kind += f"-{Path(options.model).name}"
     path = options.output / f"{datetime.date.today()}-{name}-{kind}.jsonl"
     start = time.monotonic()
     kept = []
@@ -116,7 +126,8 @@ def main(arguments: list[str] | None = None) -> Path:
             file.flush()
             show(row)
 
-        settings = Settings(device=device, tiny=options.tiny, emit=emit)
+        whole = {name: getattr(options, name) for name in ("model", "student", "data")}
+        settings = Settings(device=device, tiny=options.tiny, emit=emit, **whole)
         if options.tiny:
             settings.samples, settings.warmup = 1, 0
         wanted = [subject for subject in SUBJECTS if subject in options.only]

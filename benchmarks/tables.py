@@ -21,6 +21,7 @@ KERNELS = {
     "kl_logits": "KL on logits",
     "attention_kl": "Attention KL",
 }
+SIZES = ("model", "batch", "accumulate", "length")  # the same in all whole runs of a file
 NAMELESS = ("kept", "beta")
 DEFAULTS = {"share": 1.0, "kind": "forward", "temperature": 1.0, "window": None, "documents": 1}
 
@@ -111,6 +112,23 @@ def steps(rows: list[Row]) -> Iterator[str]:
     yield from section("Training steps", ["method", "by", "ms", "tokens / s", "MiB", "beyond the models"], lines)
 
 
+def loops(rows: list[Row]) -> Iterator[str]:
+    own = [r for r in rows if r["subject"] == "whole_step"]
+    done = [r for r in own if r["status"] == "ok"]
+    lines = [
+        [r["shape"]["method"], r["shape"]["precision"], r["provider"],
+         f"{number(r['ms'])} ({number(r['ms_p20'])} to {number(r['ms_p80'])})", number(r["wall_ms"]),
+         number(r["tokens_per_s"]), number(r["memory_mib"]), number(r["start_s"]),
+         number(100 * r["fill"], " %"), f"{r['gradient_error']:.0e}"]
+        for r in done
+    ]  # fmt: skip
+    head = ["method", "precision", "by", "step, ms", "wall, ms", "tokens / s", "peak MiB", "s until the first step",
+            "full", "gradient error"]  # fmt: skip
+    for name in dict.fromkeys(shape_name({k: v for k, v in r["shape"].items() if k in SIZES}) for r in done):
+        yield from section(f"Whole runs: {name}", head, lines)
+    yield from missing(own)
+
+
 def limits(rows: list[Row]) -> Iterator[str]:
     own = [r for r in rows if r["subject"] == "limits"]
     lines = [
@@ -147,7 +165,7 @@ def markdown(path: Path) -> str:
     ]
     for subject in KERNELS:
         lines += kernel(rows, subject)
-    lines += [*steps(rows), *limits(rows), *data_path(rows)]
+    lines += [*steps(rows), *loops(rows), *limits(rows), *data_path(rows)]
     return "\n".join(lines).strip() + "\n"
 
 

@@ -1,6 +1,6 @@
 """One whole training step: models forward and backward, losses, optimizer; random weights.
 
-Three ways of writing it: the kit's modules; the eager step as users of TRL write it (all logits, then a divergence);
+Three ways of writing it: the kit's modules; the eager step as it is written by hand (all logits, then a divergence);
 the reference formulation of the papers' code (every teacher runs on every sample, whole attention maps are kept).
 """
 
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Settings, failures_as_rows, quantiles, relative_error, sample_ms
+from measure import quantiles, sample_ms
 from memory import peak_mib
+from problem import relative_error
 from providers import PROVIDERS
+from settings import Settings, failures_as_rows
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

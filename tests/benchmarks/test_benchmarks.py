@@ -1,9 +1,7 @@
-"""The benchmarks run in their tiny form, refuse to time what is wrong, and their results can be read and drawn."""
+"""The benchmarks run in their tiny form, and refuse to time what is wrong."""
 
-import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,32 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import linear_ce  # noqa: E402
 import linear_kl  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import providers  # noqa: E402
 import run  # noqa: E402
+from settings import Settings  # noqa: E402
 
 SUBJECTS = list(run.SUBJECTS)
 STATUSES = {"ok", "not available", "not installed"}
-
-
-@pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    """`results(subject)` -> the file of a tiny run; made once per subject."""
-    made: dict[str, Path] = {}
-
-    def make(subject: str) -> Path:
-        if subject not in made:
-            folder = tmp_path_factory.mktemp(subject)
-            made[subject] = run.main(["--tiny", "--only", subject, "--output", str(folder)])
-        return made[subject]
-
-    return make
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -55,63 +42,9 @@ def test_subject_in_tiny_form(results, subject):
     assert all(r["ms_p20"] <= r["ms"] <= r["ms_p80"] and r["kl"] > 0 for r in timed)
 
 
-def test_pictures_are_drawn(results, tmp_path):
-    import pictures
-
-    path = tmp_path / "all.jsonl"
-    subjects = ("accuracy", "attention_kl", "training_step", "limits")
-    path.write_text("".join(results(subject).read_text() for subject in subjects))
-    drawn = {picture.stem.removeprefix("all-") for picture in pictures.draw(path)}
-    assert drawn == set(subjects)
-
-
-def test_the_report_says_what_the_rows_say():
-    import tables
-
-    report = (BENCHMARKS / "README.md").read_text()
-    held = re.findall(r"<!-- tables of (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
-    assert held
-    for path, text in held:
-        assert text == tables.markdown(BENCHMARKS / path)
-    held = re.findall(r"<!-- changes since (\S+) in (\S+) -->\n(.*?)<!-- end -->", report, flags=re.DOTALL)
-    assert held
-    for before, after, text in held:
-        assert text == tables.changes(BENCHMARKS / before, BENCHMARKS / after)
-
-
-def test_tables_hold_every_subject(results, tmp_path):
-    import tables
-
-    path = tmp_path / "all.jsonl"
-    path.write_text("".join(results(subject).read_text() for subject in SUBJECTS))
-    text = tables.markdown(path)
-    assert text.count("#### ") == 2 + len(tables.KERNELS) + 3
-    assert "not available: the Triton kernels need a GPU" in text or torch.cuda.is_available()
-
-
-@pytest.fixture
-def rename(monkeypatch):
-    """`rename()` gives every provider another name; returns what puts the names of a CPU back into a text."""
-
-    def renamed():
-        known = dict(providers.PROVIDERS)
-        for key, record in known.items():
-            other = dataclasses.replace(record, shown=f"<{key}>", shown_on_cpu=None)
-            monkeypatch.setitem(providers.PROVIDERS, key, other)
-
-        def back(text: str) -> str:
-            for key, record in known.items():
-                text = text.replace(f"<{key}>", record.name("cpu"))
-            return text
-
-        return back
-
-    return renamed
-
-
 def test_keys_and_names_are_unambiguous():
     records = providers.RECORDS
-    names = [name for p in records for name in (p.shown, p.shown_on_cpu) if name]
+    names = [name for p in records for name in (p.shown, p.shown_on_cpu, p.formerly) if name]
     assert len(names) == len(set(names))
     assert len({p.key for p in records}) == len(records)
 
@@ -133,51 +66,30 @@ def test_a_run_depends_on_no_name(results, rename, monkeypatch, tmp_path, subjec
     assert decided(back(after)) == decided(before)
 
 
-def test_tables_and_pictures_depend_on_no_name(rename, tmp_path):
-    """The rows of the report, and some about nobody, under other names: the same text, bars, lines and colours."""
-    import pictures
-    import tables
-
-    rows = pictures.read(BENCHMARKS / "results" / "2026-11-21-amd-epyc-cpu.jsonl")
-    for key, subject in [("all", "training_step"), *((k, s) for k in ("all", "reference") for s in tables.KERNELS)]:
-        like = next(row for row in rows if row["subject"] == subject)
-        shown = providers.PROVIDERS[key].shown
-        rows.append({**like, "provider": shown, "mode": "*", "status": "skipped", "reason": "nobody"})
-    keys = [providers.named(row["provider"]).key for row in rows]
-    assert set(keys) <= set(providers.PROVIDERS)
-
-    def figures():
-        kernels = [pictures.kernels(rows, subject) for subject in tables.KERNELS]
-        for figure in (pictures.accuracy(rows), pictures.steps(rows), pictures.limits(rows), *kernels):
-            for axis in figure.axes:
-                texts = [*axis.texts, *axis.get_yticklabels(), *(axis.legend_.texts if axis.legend_ else ())]
-                yield [text.get_text() for text in texts]
-                yield [(bar.get_facecolor(), bar.get_y(), bar.get_width()) for bar in axis.patches]
-                yield [(x.get_color(), x.get_linewidth(), x.get_marker(), x.get_xydata().tolist()) for x in axis.lines]
-            pictures.plt.close(figure)
-
-    def everything() -> str:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        return tables.markdown(path) + tables.changes(path, path) + json.dumps(list(figures()), default=float)
-
-    before = everything()
-    back = rename()
-    for key, row in zip(keys, rows, strict=True):
-        row["provider"] = providers.PROVIDERS[key].shown
-    assert back(everything()) == before
-    assert "nobody" not in before
-
-
 @pytest.mark.parametrize(("device", "slow"), [("cpu", {"compile"}), ("cuda", {"compile", "chunked"})])
 def test_what_compiles_for_minutes_takes_part_where_a_problem_says_so(rename, monkeypatch, device, slow):
     rename()  # whatever it is called
     taking_part = {}
     monkeypatch.setattr(measure, "measure", lambda one, makers, _: taking_part.update({one.compiled: set(makers)}))
-    settings = measure.Settings(device=device)
+    settings = Settings(device=device)
     makers = linear_kl.providers(settings)
     measure.measure_all(lambda shape, *_: SimpleNamespace(compiled=shape), (True, False), makers, settings)
     assert taking_part == {True: set(makers), False: set(makers) - slow}
+
+
+@pytest.mark.parametrize("subject", [linear_kl, linear_ce])
+def test_the_rival_written_by_hand_multiplies_no_ignored_row(subject):
+    shape = (400, 8, 8, 500, 0.25) if subject is linear_kl else (400, 8, 500, 0.25)
+    problem = subject.problem(subject.Shape(*shape), torch.float32, "cpu")
+    makers = subject.providers(Settings(tiny=True))
+
+    def operations(key: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            measure.call(makers[key](problem), problem.make(0, False), problem, "forward+backward")()
+        return counter.get_total_flops()
+
+    assert operations("eager") == problem.both[0]
+    assert operations("eager-all") == problem.both[0] * 400 // problem.kept
 
 
 @pytest.fixture
@@ -187,7 +99,7 @@ def rows_of(monkeypatch):
     def measured(problem=None, **makers) -> dict[str, list[dict]]:
         for key in makers:
             monkeypatch.setitem(providers.PROVIDERS, key, providers.Provider(key, key))
-        settings = measure.Settings(samples=1, warmup=0, tiny=True)
+        settings = Settings(samples=1, warmup=0, tiny=True)
         problem = problem or linear_kl.problem(linear_kl.TINY[0], torch.float32, "cpu")
         measure.measure(problem, makers, settings)
         return {key: [row for row in settings.rows if row["provider"] == key] for key in makers}
@@ -252,6 +164,20 @@ def test_what_goes_wrong_becomes_a_row(rows_of):
     assert statuses == {"missing": "not installed", "full": "out of memory", "broken": "failed"}
 
 
+def test_fewer_samples_of_what_takes_long(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now)
+
+    def samples(seconds: float) -> int:
+        nonlocal now
+        taken = 0
+        for _ in measure.repeated(Settings()):
+            taken, now = taken + 1, now + seconds
+        return taken
+
+    assert [samples(seconds) for seconds in (0.1, 0.3, 9.0)] == [20, 14, 10]
+
+
 def test_no_time_left(tmp_path):
     from pictures import read
 
@@ -303,7 +229,7 @@ def test_the_plain_kernel_in_the_interpreter():
     code = """
 import torch
 import attention_kl as a
-from measure import Truth, check
+from problem import Truth, check
 problem = a.problem(a.Shape(1, 18, 2, 2, 8, 16, window=5, documents=2, share=0.5), torch.float32, "cpu")
 found = check(a.plain_kernel(problem), problem, Truth.of(problem))
 assert found["gradient_error"] < 1e-5 and found["value_error"] < 1e-5, found
@@ -314,12 +240,12 @@ assert found["gradient_error"] < 1e-5 and found["value_error"] < 1e-5, found
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "subject", ["accuracy", "linear_kl", "linear_ce", "kl_logits", "attention_kl", "training_step"]
+    "subject", ["accuracy", "linear_kl", "linear_ce", "kl_logits", "attention_kl", "training_step", "whole_step"]
 )
 def test_subject_in_tiny_form_on_a_gpu(subject):
     import importlib
 
-    settings = measure.Settings(device="cuda", samples=2, warmup=1, tiny=True)
+    settings = Settings(device="cuda", samples=2, warmup=1, tiny=True)
     importlib.import_module(subject).run(settings)
     ours = [r for r in settings.rows if providers.named(r["provider"]).ours]
     assert ours
