@@ -158,6 +158,20 @@ class InstructionDataModule(L.LightningDataModule):
         """Characters of the responses [samples] of `train_sample_ids`."""
         return self._set("train").response_chars[self._pool]
 
+    @property
+    def token_settings(self) -> dict[str, Any]:
+        """What decides which samples are drawn, and their tokens, as plain JSON."""
+        names = ("max_length", "tools", "invalid", "validation_share", "seed")
+        subset = None if self.subset is None else vars(self.subset)
+        own = {name: getattr(self, name) for name in names} | {"records": self.fingerprint, "subset": subset}
+        return own | self.encoder.fingerprints()
+
+    def drawn(self, test: bool = False) -> list[tuple[SampleSet, np.ndarray]]:
+        """The samples that training and validation, and the test if asked for, can draw: by set, their numbers."""
+        more = [self._set(name) for name in ("validation", "test")[: 1 + test] if self.sources[name]]
+        train = np.union1d(self._chosen, self._held_out)
+        return [(self._set("train"), train), *((samples, np.arange(len(samples))) for samples in more)]
+
     # Lightning's hooks
 
     def prepare_data(self) -> None:
