@@ -270,8 +270,12 @@ def _layer_facts(seen: LayerAttention) -> dict[str, Any]:
 
 def _whole(head: Head) -> Head:
     """A head whose tensors are no shards; called on all ranks."""
-    whole = {name: t.full_tensor() for name, t in head._asdict().items() if isinstance(t, DTensor)}
-    return head._replace(**whole)
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    if isinstance(bias, DTensor):
+        bias = bias.full_tensor()
+    return head._replace(weight=weight, bias=bias)
 
 
 def _weights_hash(teacher: Teacher) -> str:
