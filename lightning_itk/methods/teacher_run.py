@@ -1,6 +1,5 @@
 """A teacher's one run over the data: what it answers goes to disk, for students to learn from without it."""
 
-import hashlib
 import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -31,10 +30,12 @@ from lightning_itk.batch import (
 from lightning_itk.cached.manifest import HEAD, TOKENIZER, Manifest, Mode, begin, finish, note_teacher, shard_name
 from lightning_itk.cached.shards import is_by_token, read_identities, write_shard, write_tensors
 from lightning_itk.losses.chunked import Head
-from lightning_itk.losses.topk import TopK, top_k
+from lightning_itk.losses.divergence import Divergence
+from lightning_itk.losses.topk import TopK, TopKGap, top_k, topk_gap
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.methods.teacher import Teacher, TeacherOutput
-from lightning_itk.models.hidden import check_packing
+from lightning_itk.models.hidden import check_packing, hidden_states
+from lightning_itk.models.loading import weights_hash
 
 _GAP_ROWS = 1024
 
@@ -45,6 +46,23 @@ class GapRows(NamedTuple):
     batches: list[Batch]  # on the CPU
     states: list[Tensor]  # by batch, [its response rows, H], on the CPU
     head: Head  # on the CPU
+
+    def measure(self, student: torch.nn.Module, k: int, how: Divergence) -> TopKGap | None:
+        """What the top k are worth to this student; None where the run had no rows left to keep."""
+        device, found = next(student.parameters()).device, []
+        for batch in self.batches:
+            moved = on_device(batch, device)
+            rows = response_rows(moved)
+            with torch.no_grad():
+                states, own_head = hidden_states(student, moved)
+            found.append((states.flatten(0, 1)[rows.places], rows.targets))
+        if not found:
+            return None
+        states, targets = (torch.cat(part) for part in zip(*found, strict=True))
+        teacher, head = torch.cat(self.states).to(device), self.head.to(device)
+        best = stored_precision(top_k(teacher, head, targets, k, how.temperature))
+        best = best._replace(ids=best.ids.long(), log_probs=best.log_probs.float())
+        return topk_gap(states, own_head, teacher, head, best, targets, how)
 
 
 class TeacherRun(L.LightningModule):
@@ -120,7 +138,7 @@ class TeacherRun(L.LightningModule):
         settings: dict[str, Any] = {"mode": self.mode, "layers": self.layers, "precision": str(self.trainer.precision)}
         if self.mode == "topk":
             settings |= {"k": self.k, "temperature": self.temperature}
-        settings |= {"weights": _weights_hash(self.teacher), **self.data.settings}
+        settings |= {"weights": weights_hash(self.teacher.model, self.teacher.name), **self.data.settings}
         try:
             complete = begin(self.folder, settings, self.overwrite)
             pieces = enumerate(self.data.pieces)
@@ -225,6 +243,9 @@ class TeacherRun(L.LightningModule):
                 complete.append(piece)
         return complete
 
+    def on_predict_end(self) -> None:
+        self.trainer.strategy.barrier()  # the last shard of the slowest rank
+
     def _columns(self, answer: TeacherOutput, head: Head, rows: ResponseRows) -> dict[str, Tensor]:
         """What is stored of an answer: by response row, or by real token (attention)."""
         states = answer.states.flatten(0, 1)[rows.places]
@@ -276,22 +297,6 @@ def _whole(head: Head) -> Head:
     if isinstance(bias, DTensor):
         bias = bias.full_tensor()
     return head._replace(weight=weight, bias=bias)
-
-
-def _weights_hash(teacher: Teacher) -> str:
-    """A hash of a model's weights; of their files where they are not in memory."""
-    found = hashlib.blake2b(digest_size=16)
-    tensors = dict(teacher.model.named_parameters()) | dict(teacher.model.named_buffers())
-    if any(tensor.is_meta for tensor in tensors.values()):
-        files = sorted(path for path in Path(teacher.name).expanduser().glob("*") if path.is_file())
-        for path in files:
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "blake2b").digest())
-        return found.hexdigest()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _bytes(count: float) -> str:
