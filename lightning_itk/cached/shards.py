@@ -45,7 +45,13 @@ def write_shard(
         "rows": torch.tensor([0, *map(len, by_row)]).cumsum(0),
         "tokens": torch.tensor([0, *tokens]).cumsum(0),
     }
-    write_tensors(folder / shard_name(number), index | {name: torch.cat(list(v)) for name, v in columns.items()})
+    write_tensors(folder / shard_name(number), index | {name: joined(v) for name, v in columns.items()})
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a column one after the other. bf16 autocast would look at their dtypes, and refuse fp16."""
+    with torch.autocast("cpu", enabled=False):
+        return torch.cat(list(parts))
 
 
 def read_identities(path: Path) -> list[bytes]:

@@ -131,7 +131,7 @@ def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
     text = f"{manifest.samples:,} samples, {manifest.response_tokens:,} response tokens, {size / 1e6:,.1f} MB"
     console.print(f"{folder} {what}: {text}" if run.complete else f"{what} {folder}: {text}", soft_wrap=True)
     if _attention(init) and not chosen.attention:
-        console.print("its attention term needs queries and keys, which are not stored (--attention true)")
+        console.print("the attention term needs queries and keys: not stored (--attention true)", soft_wrap=True)
     if run.gap_rows is not None:
         _print_gap(cli, run, manifest, console)
 

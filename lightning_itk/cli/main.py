@@ -152,7 +152,7 @@ _HIDDEN = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",
     r"Found \d+ module\(s\) in eval mode at the start of training",  # teachers
-    r"Total length of `list` across ranks is zero",  # no validation data
+    r"Total length of `(list|PieceLoader)` across ranks is zero",  # no validation data; a teacher has run already
 )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_itk.attention.layer import LayerAttention
 from lightning_itk.batch import Batch, ResponseRows, identities, real_tokens, sample_spans
 from lightning_itk.cached.manifest import TOKENIZER, differences
-from lightning_itk.cached.shards import Shards
+from lightning_itk.cached.shards import Shards, joined
 from lightning_itk.losses.chunked import Head
 from lightning_itk.losses.topk import TopK
 from lightning_itk.methods.teacher import OwnRows, ResponseStates, SoftTargets, Teacher, check_same_tokenizer
@@ -100,7 +99,7 @@ class CachedTeacher(nn.Module):
 
         def column(name: str) -> Tensor:
             parts = self.shards.read(name, places)
-            found = torch.cat(parts) if parts else self.shards.empty(name)
+            found = joined(parts) if parts else self.shards.empty(name)
             return found.to(device, non_blocking=True)
 
         if self.manifest.mode == "states":

@@ -1,13 +1,17 @@
 """A student that learns from a teacher's folder learns what it learns from the teacher itself."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from caching import WIDE, cache, data_module, write_data
 from tiny import tiny_model
+from waits import Waits, send
 
 import lightning_itk as itk
+from lightning_itk import batch as b
+from lightning_itk.losses.topk import top_k, topk_kl_parts
 from lightning_itk.methods.cached_teacher import CachedTeacher
 from lightning_itk.methods.teacher import Teacher
 
@@ -42,7 +46,7 @@ def step(module: itk.InstructionModule, batch) -> tuple[dict[str, float], torch.
     terms = module.losses(batch)
     sum(term.weight * term.total for term in terms.values()).backward()
     gradient = torch.cat([p.grad.flatten() for p in module.student.parameters()])
-    return {name: float(term.total) for name, term in terms.items()}, gradient
+    return {name: float(term.total.detach()) for name, term in terms.items()}, gradient
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -101,15 +105,63 @@ def test_a_bf16_teacher_loses_nothing(precision, path, tmp_path):
     """Its states are stored in bf16; with batches of one sample the live teacher rounds as the stored one did."""
     model = tiny_model("llama", 1, **WIDE).bfloat16()
     one = {"batch_size": 1}
-    cache(path, tmp_path / "teacher", teacher=Teacher(model), precision=precision, data=one)
+    cache(path, tmp_path / "teacher", teacher=Teacher(model), precision=precision, data=one, layers=(1, 3))
     cached = CachedTeacher(str(tmp_path / "teacher"))
     assert cached.manifest.teacher["dtype"] == "bfloat16"
-    modules = [itk.KDModule(tiny_model("llama", 0), teacher) for teacher in (Teacher(model), cached)]
+    options = {"attention": {"layers": {0: 1, 1: 3}}}
+    modules = [itk.KDModule(tiny_model("llama", 0), teacher, **options) for teacher in (Teacher(model), cached)]
     for batch in batches(path, **one):
         with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
             (terms, gradient), (others, cached_gradient) = (step(module, batch) for module in modules)
         assert others == terms
         assert cached_gradient.equal(gradient)
+
+
+def test_top_k_is_the_live_teachers_top_k(path, tmp_path):
+    """Rounded to 16 bits; what is said of the teacher itself is exact."""
+    cache(path, tmp_path / "teacher", mode="topk", k=20, temperature=2.0)
+    modules = [
+        itk.KDModule(tiny_model("llama", 0), one, temperature=2.0) for one in (live(), str(tmp_path / "teacher"))
+    ]
+    for batch in batches(path, packing=True):
+        run = modules[0].forward_pass(batch)
+        target, rows = run.targets[""], run.student.states.flatten(0, 1)[run.rows.places]
+        best = top_k(*target.answer, target.targets, 20, 2.0)
+        expected = topk_kl_parts(rows, run.student.head, best, target.targets, modules[1]._how)
+        assert float(modules[1].losses(batch)["kl"].total) == pytest.approx(float(expected.kl), rel=5e-3)
+        figures, others = ({name: float(t.total) for name, t in m.evaluate(batch).items()} for m in modules)
+        assert others == pytest.approx(figures, rel=1e-6)
+
+
+def test_a_copy_maps_the_files_itself(folder, path):
+    module = itk.KDModule(tiny_model("llama", 0), str(folder))
+    batch = batches(path)[0]
+    assert float(copy.deepcopy(module).losses(batch)["kl"].total) == float(module.losses(batch)["kl"].total)
+    state = module.state_dict()
+    assert all(name.startswith("student.") for name in state)
+    module.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("mode", ["states", "topk"])
+def test_a_micro_batch_waits_for_the_device_once(mode, path, folder, tmp_path):
+    """And once more in the student, where transformers looks whether a batch is packed."""
+    if mode == "topk":
+        folder = tmp_path / "teacher"
+        cache(path, folder, mode=mode, k=20)
+    attention = {"layers": {0: 1, 1: 3}} if mode == "states" else None
+    model = itk.KDModule(tiny_model("llama", 0), str(folder), attention=attention)
+    for packing in (False, True):
+        batch = batches(path, packing=packing)[0]
+        model._loss_scale = 1.0  # found out once in a run
+        expected = model.training_step(batch, 0).detach()
+        send(model)
+        with Waits() as waits:
+            total = model.training_step(b.Batch(**send(dict(batch))), 0)
+        of_transformers = sum(count for place, count in waits.places.items() if "transformers/" in place)
+        assert of_transformers <= 1
+        assert waits.places.total() - of_transformers <= 1, waits.places
+        torch.testing.assert_close(total.detach().here, expected)
+        model = itk.KDModule(tiny_model("llama", 0), str(folder), attention=attention)
 
 
 def test_dae_with_a_live_and_a_cached_teacher(path, tmp_path):
