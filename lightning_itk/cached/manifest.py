@@ -52,6 +52,7 @@ class Manifest:
         teacher: what was found out about the teacher: name, dtype, layers, vocab, the head's scale and softcap, by
             layer how its attention is scaled and masked.
         samples, response_tokens: how many are stored.
+        index: hash of which samples stand where in the shards, and of their columns.
         files: head and shards.
     """
 
@@ -59,6 +60,7 @@ class Manifest:
     teacher: dict[str, Any]
     samples: int
     response_tokens: int
+    index: str
     files: list[StoredFile]
 
     @property
@@ -71,7 +73,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it, which makes the folder complete."""
-        _write(folder / NAME, {"format": FORMAT, **asdict(self), "files": [file._asdict() for file in self.files]})
+        _write(folder / NAME, asdict(self) | {"files": [file._asdict() for file in self.files]})
         (folder / UNFINISHED).unlink(missing_ok=True)
 
     @classmethod
@@ -84,8 +86,8 @@ class Manifest:
         folder = Path(folder).expanduser()
         if not (folder / NAME).exists():
             raise ValueError(f"{folder}: this cached teacher is unfinished: run cache-teacher again, it goes on")
+        fields = _read(folder / NAME)
         try:
-            fields = _read(folder / NAME)
             files = [StoredFile(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in fields["files"]]
             found = cls(**{**fields, "files": files})
             if not isinstance(found.settings, dict) or not isinstance(found.teacher, dict):
@@ -162,7 +164,7 @@ def begin(folder: str | Path, settings: Mapping[str, Any], overwrite: bool = Fal
         for path in folder.iterdir():
             if _HALF.fullmatch(path.name):
                 path.unlink()
-        _write(folder / UNFINISHED, {"format": FORMAT, "settings": plain})
+        _write(folder / UNFINISHED, {"settings": plain})
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return False
@@ -170,15 +172,15 @@ def begin(folder: str | Path, settings: Mapping[str, Any], overwrite: bool = Fal
 
 def note_teacher(folder: Path, facts: Mapping[str, Any]) -> None:
     """Note in an unfinished folder what was found out about the teacher."""
-    _write(folder / UNFINISHED, {"format": FORMAT, **_read(folder / UNFINISHED), "teacher": facts})
+    _write(folder / UNFINISHED, _read(folder / UNFINISHED) | {"teacher": facts})
 
 
-def finish(folder: Path, shards: int, samples: int, response_tokens: int) -> Manifest:
+def finish(folder: Path, shards: int, samples: int, response_tokens: int, index: str) -> Manifest:
     """Complete an unfinished folder, of which every shard is there: hash the files and write the manifest."""
     begun = _read(folder / UNFINISHED)
     names = [*([HEAD] if (folder / HEAD).exists() else []), *map(shard_name, range(shards))]
     files = [StoredFile.of(folder / name) for name in names]
-    manifest = Manifest(begun["settings"], begun["teacher"], samples, response_tokens, files)
+    manifest = Manifest(begun["settings"], begun["teacher"], samples, response_tokens, index, files)
     manifest.write(folder)
     return manifest
 
@@ -230,12 +232,23 @@ def _clear(folder: Path) -> None:
 
 
 def _write(path: Path, fields: Mapping[str, Any]) -> None:
+    """Plain JSON with its format and a check sum."""
+    whole = {"format": FORMAT, **fields}
     with atomic_write(path) as file:
-        file.write(json.dumps(fields, indent=1, sort_keys=True).encode() + b"\n")
+        file.write(json.dumps(whole | {"check": _check_sum(whole)}, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    fields = json.loads(path.read_text())
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        raise ValueError(f"{path}: is of another format than {FORMAT!r}")
+    try:
+        fields = json.loads(path.read_text())
+        if not isinstance(fields, dict) or fields.pop("check", None) != _check_sum(fields):
+            raise ValueError
+    except ValueError as error:
+        raise ValueError(f"{path}: is no manifest of a cached teacher, or is damaged") from error
+    if (found := fields.pop("format", None)) != FORMAT:
+        raise ValueError(f"{path}: is of the format {found!r}, expected {FORMAT!r}: cache the teacher again")
     return fields
+
+
+def _check_sum(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

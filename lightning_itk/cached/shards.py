@@ -5,7 +5,8 @@ A shard holds whole samples one after the other: `identity` [samples, 16], the s
 `k.3`).
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_itk.cached.manifest import HEAD, Manifest, shard_name
+from lightning_itk.cached.manifest import HEAD, Manifest, StoredFile, shard_name
 from lightning_itk.files import atomic_write
+
+_INDEX = {"identity", "rows", "tokens"}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -56,8 +59,20 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 def read_identities(path: Path) -> list[bytes]:
     """Whose samples a shard holds. Raises ValueError for anything but a shard."""
-    with _opened(path) as shard:
+    with opened(path) as shard:
         return [row.tobytes() for row in shard.get_tensor("identity").numpy()]
+
+
+def index_hash(shards: Iterable[Any]) -> str:
+    """A hash of which samples opened shards hold, where, and in which columns; not of the values."""
+    found = hashlib.sha256()
+    for shard in shards:
+        for name in sorted(shard.keys()):
+            column = shard.get_slice(name)
+            found.update(f"{name} {column.get_dtype()} {column.get_shape()}".encode())
+            if name in _INDEX:
+                found.update(shard.get_tensor(name).numpy().tobytes())
+    return found.hexdigest()
 
 
 class Place(NamedTuple):
@@ -78,7 +93,7 @@ class Shards:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self.manifest = Manifest.read(self.folder)
-        self._open = [_opened(self.folder / file.name) for file in self.manifest.shards]
+        self._open = [opened(self.folder / file.name) for file in self.manifest.shards]
         names, shards, rows, tokens = [], [], [], []
         for number, shard in enumerate(self._open):
             try:
@@ -92,6 +107,8 @@ class Shards:
             shards.append(np.full(len(found), number))
             rows.append(np.stack([bounds[0][:-1], bounds[0][1:]], 1))
             tokens.append(np.stack([bounds[1][:-1], bounds[1][1:]], 1))
+        if index_hash(self._open) != self.manifest.index:
+            raise ValueError(f"{self.folder}: the samples of its shards are not those of its manifest")
         self._names = np.concatenate(names) if names else np.empty(0, "S16")
         order = np.argsort(self._names)
         self._names = self._names[order]
@@ -101,7 +118,7 @@ class Shards:
         for bounds in (rows, tokens):
             if len(bounds) != samples + 1 or bounds[0] != 0 or (np.diff(bounds) < 0).any():
                 raise ValueError("its samples are out of order")
-        for name in set(shard.keys()) - {"identity", "rows", "tokens"}:
+        for name in set(shard.keys()) - _INDEX:
             if shard.get_slice(name).get_shape()[0] != (tokens if is_by_token(name) else rows)[-1]:
                 raise ValueError(f"{name} has another length than its samples")
 
@@ -135,8 +152,10 @@ class Shards:
         return self._open[0].get_slice(name)[:0]
 
     def head(self) -> dict[str, Tensor]:
-        """The teacher's output layer: weight, and bias where it has one."""
-        with _opened(self.folder / HEAD) as file:
+        """The teacher's output layer: weight, and bias where it has one. Raises ValueError where it is damaged."""
+        if StoredFile.of(self.folder / HEAD) not in self.manifest.files:
+            raise ValueError(f"{self.folder / HEAD}: is damaged, it is not what was written")
+        with opened(self.folder / HEAD) as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
@@ -145,7 +164,8 @@ def is_by_token(name: str) -> bool:
     return name.startswith(("q.", "k."))
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """A safetensors file, mapped. Raises ValueError where it is none."""
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:

@@ -28,7 +28,7 @@ from lightning_itk.batch import (
     sample_spans,
 )
 from lightning_itk.cached.manifest import HEAD, TOKENIZER, Manifest, Mode, begin, finish, note_teacher, shard_name
-from lightning_itk.cached.shards import is_by_token, read_identities, write_shard, write_tensors
+from lightning_itk.cached.shards import index_hash, is_by_token, opened, read_identities, write_shard, write_tensors
 from lightning_itk.losses.chunked import Head
 from lightning_itk.losses.divergence import Divergence
 from lightning_itk.losses.topk import TopK, TopKGap, top_k, topk_gap
@@ -275,7 +275,8 @@ class TeacherRun(L.LightningModule):
         for piece, members in enumerate(self.data.pieces):
             if not self._is_written(piece, members):
                 raise ValueError(f"{self.folder / shard_name(piece)}: is not there or not of this run: run it again")
-        return finish(self.folder, len(self.data.pieces), len(self.data.lengths), self.data.response_tokens)
+        index = index_hash(opened(self.folder / shard_name(piece)) for piece in range(len(self.data.pieces)))
+        return finish(self.folder, len(self.data.pieces), len(self.data.lengths), self.data.response_tokens, index)
 
 
 def stored_precision(best: TopK) -> TopK:

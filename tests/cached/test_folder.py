@@ -1,12 +1,12 @@
 """The folder of a cached teacher: killed and resumed, by any number of ranks, refused where it does not belong."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from caching import WIDE, cache, data_module, hashes, trainer, write_data
 from processes import run, run_ranks
+from safetensors.torch import load_file, save_file
 from tiny import ragged_samples, tiny_model
 from torch.distributed.tensor import DTensor
 
@@ -171,7 +171,7 @@ def test_a_damaged_folder_is_one_line(whole, tmp_path):
         shutil.copytree(whole, tmp_path / "t")
         change(tmp_path / "t")
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            Shards(tmp_path / "t")
+            CachedTeacher(str(tmp_path / "t"))
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -180,15 +180,32 @@ def test_a_damaged_folder_is_one_line(whole, tmp_path):
         content[:8] = b"\xff" * 8
         (folder / "shard-00000.safetensors").write_bytes(content)
 
-    def edit(folder) -> None:
-        fields = json.loads((folder / m.NAME).read_text())
-        fields["files"][0]["name"] = "../../etc/passwd"
-        (folder / m.NAME).write_text(json.dumps(fields))
+    def elsewhere(folder) -> None:
+        found = m.Manifest.read(folder)
+        files = [file._replace(name="../../etc/passwd") for file in found.files]
+        m.Manifest(**{**vars(found), "files": files}).write(folder)
+
+    def other_rows(folder) -> None:
+        shard = load_file(folder / "shard-00000.safetensors")
+        shard["rows"][1] -= 1
+        save_file(shard, folder / "shard-00000.safetensors")
+
+    def scaled(folder) -> None:
+        text = (folder / m.NAME).read_text()
+        (folder / m.NAME).write_text(text.replace('"scale": 1.0', '"scale": 2.0'))
+
+    def head(folder) -> None:
+        content = bytearray((folder / m.HEAD).read_bytes())
+        content[-1] ^= 1
+        (folder / m.HEAD).write_bytes(content)
 
     assert "shard-00002.safetensors: is missing" in broken(lambda f: (f / "shard-00002.safetensors").unlink())
     assert "is missing or damaged" in broken(lambda f: (f / "shard-00002.safetensors").write_text("short"))
     assert "shard-00000.safetensors: is no safetensors file" in broken(damage)
-    assert "is no manifest" in broken(edit)
+    assert "is no manifest" in broken(elsewhere)
+    assert "is no manifest" in broken(scaled)
+    assert "samples of its shards are not those of its manifest" in broken(other_rows)
+    assert "head.safetensors: is damaged" in broken(head)
     assert "is no manifest" in broken(lambda f: (f / m.NAME).write_text("{}"))
 
 
