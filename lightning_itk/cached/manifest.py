@@ -155,6 +155,7 @@ def begin(folder: str | Path, settings: Mapping[str, Any], overwrite: bool = Fal
                 check_settings(folder, before, plain)
                 if complete:
                     Manifest.read(folder).verify(folder)
+                    (folder / UNFINISHED).unlink(missing_ok=True)  # a kill left it
                     return True
             except ValueError:
                 if not overwrite:
@@ -223,11 +224,11 @@ def _is_ours(name: str) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    (folder / NAME).unlink(missing_ok=True)  # first: what is left is no cached teacher
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
+    """Remove all of a cached teacher; what says that it is ours goes last, so that a kill leaves no riddle."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in (NAME, UNFINISHED)):
+        if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != UNFINISHED:
+        else:
             path.unlink()
 
 

@@ -26,6 +26,9 @@ class TeacherCLI(InstructionCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        parser.description = (
+            "Run the teachers of a configuration of fit once, and write a folder that takes their place."
+        )
         for name, kind, default, text in (
             ("output", str | None, None, "Folder to write; with several teachers a folder of theirs, by name."),
             (

@@ -116,7 +116,9 @@ def test_other_settings_are_refused_and_said(change, path, whole, tmp_path):
 
 def test_the_same_settings_find_it_complete_and_whole(path, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "teacher")
+    (tmp_path / "teacher" / m.UNFINISHED).write_text("a kill left it")
     assert cache(path, tmp_path / "teacher").complete
+    assert hashes(tmp_path / "teacher") == hashes(whole)
     shard = tmp_path / "teacher" / "shard-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -95,6 +95,13 @@ def test_top_k_prints_its_gap_and_serves_one_temperature(config, capsys, caplog)
     assert "k is 300, expected 1 to 299" in refused(capsys, *cache(file, "--mode", "topk", "--k", 300))
 
 
+def test_its_help_is_its_own(capsys):
+    assert cli.main(["cache-teacher", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--mode {states,topk}" in said
+    assert "write a folder that takes their place" in " ".join(said.split())
+
+
 def test_what_cannot_be_is_one_line(config, model_folder, capsys):
     file = config()
     assert "output is null" in refused(capsys, "cache-teacher", "--config", file)
