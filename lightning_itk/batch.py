@@ -7,7 +7,9 @@ after the other, with `position_ids` that restart at 0. Everything a loss needs 
 teacher it goes to, what it must predict) is written per token, so a loss cannot tell the two apart.
 """
 
+import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
@@ -168,6 +170,30 @@ def response_rows(batch: Batch) -> ResponseRows:
     places = (labels != IGNORE_INDEX).nonzero().flatten()
     places, targets = (tensor.to(device, non_blocking=True) for tensor in (places, labels[places]))
     return ResponseRows(places, targets, host)
+
+
+def identity(input_ids: np.ndarray, labels: np.ndarray) -> bytes:
+    """What a sample is, wherever it stands: 16 bytes made of its tokens [tokens] and of which are learned.
+
+    A model's answers at its response rows depend on nothing else.
+    """
+    content = hashlib.blake2b(np.ascontiguousarray(input_ids, np.int64).tobytes(), digest_size=16)
+    content.update(np.packbits(np.asarray(labels)[1:] != IGNORE_INDEX).tobytes())  # nothing predicts the first
+    return content.digest()
+
+
+def sample_spans(batch: Batch) -> list[slice]:
+    """Where each sample of a batch stands among its flattened real tokens, in order of appearance. Ask on the CPU."""
+    positions = batch["position_ids"][real_tokens(batch)]
+    starts = (positions == 0).nonzero().flatten().tolist()
+    return [slice(start, end) for start, end in pairwise([*starts, len(positions)])]
+
+
+def identities(batch: Batch) -> np.ndarray:
+    """`identity` of every sample of a batch on the CPU [samples] (S16), in order of appearance."""
+    real = real_tokens(batch)
+    ids, labels = (batch[key][real].numpy() for key in ("input_ids", "labels"))  # type: ignore[literal-required]
+    return np.array([identity(ids[span], labels[span]) for span in sample_spans(batch)], "S16")
 
 
 def count_targets(batch: Batch) -> Int[Tensor, ""]:

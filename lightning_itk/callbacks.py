@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_itk.losses.implementation import describe_impl
+from lightning_itk.methods.cached_teacher import CachedTeacher
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.export import check_replaceable, export
 from lightning_itk.models.hidden import base_causal_lm
@@ -151,6 +152,9 @@ def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:
         text = f"{base.config.name_or_path or type(base).__name__}: {_count(total)} parameters, "
         text += f"{_count(trained)} trained, " if number == 0 else "frozen, "
         facts["student" if number == 0 else f"teacher {number}"] = text + f"{base.dtype}, attention {attention}"
+    for name, teacher in getattr(module, "teachers", {}).items():
+        if isinstance(teacher, CachedTeacher):
+            facts[f"cached teacher {name}".rstrip()] = teacher.describe()
     probe = torch.empty(0, device=module.device, dtype=base_causal_lm(module.student).dtype)
     kind, head_dim = (getattr(module, name, None) for name in ("kind", "attention_head_dim"))
     facts["losses"] = describe_impl(module.impl, probe, kind, head_dim)

@@ -44,6 +44,8 @@ class InstructionData(Protocol):
     train_sample_ids: np.ndarray | None = None
     response_tokens: np.ndarray | None = None
     scoring_dataloader: Callable[[], Iterable[Batch]] | None = None
+    token_settings: dict[str, Any] | None = None
+    drawn: Callable[[], list[tuple[Any, np.ndarray]]] | None = None  # (SampleSet, numbers of samples)
 
 
 class _Answers:

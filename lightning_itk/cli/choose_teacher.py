@@ -22,9 +22,9 @@ from lightning_itk.choice.rewards import RewardModel
 from lightning_itk.cli.console import device_of, one_source, progress_bar
 from lightning_itk.cli.records import check_not_data
 from lightning_itk.data.chat import ChatEncoder
-from lightning_itk.data.module import read_template
 from lightning_itk.data.records import DataError
 from lightning_itk.data.special_tokens import SpecialTokens
+from lightning_itk.data.template import read_template
 from lightning_itk.data.tools import Tools
 from lightning_itk.files import atomic_write
 from lightning_itk.hub import load_tokenizer

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_itk.data.module import read_template
-from lightning_itk.data.template import ensure_chat_template
+from lightning_itk.data.template import ensure_chat_template, read_template
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.export import check_replaceable, export, load_student
 from lightning_itk.models.loading import DType

@@ -7,9 +7,9 @@ from rich.console import Console
 from lightning_itk.cli.console import device_of, one_source, progress_bar
 from lightning_itk.cli.records import check_not_data
 from lightning_itk.data.chat import ChatEncoder
-from lightning_itk.data.module import read_template
 from lightning_itk.data.sources import Sources
 from lightning_itk.data.special_tokens import SpecialTokens
+from lightning_itk.data.template import read_template
 from lightning_itk.data.tools import Tools
 from lightning_itk.evaluation.responses import prompts_fingerprint, read_prompts, write_responses
 from lightning_itk.hub import load_tokenizer

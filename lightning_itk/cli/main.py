@@ -25,6 +25,14 @@ COMMANDS = {
 }
 # command -> the argument that may stand without its name
 POSITIONAL = {"compare": "runs"}
+# Commands that take the configuration of fit; name -> (module, function, one line for --help)
+CONFIGURED = {
+    "cache-teacher": (
+        "cli.cache_teacher",
+        "cache_teacher",
+        "run a configuration's teachers once, for many students",
+    ),
+}
 STAGES = {
     "fit": "train",
     "validate": "evaluate on the validation data",
@@ -63,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _print_help() -> None:
     print("usage: lightning-itk COMMAND [--config FILE] [options] | --version\n\ncommands (each has its own --help):")
-    for name, text in {**STAGES, **{name: entry[2] for name, entry in COMMANDS.items()}}.items():
+    for name, text in {**STAGES, **{name: entry[2] for name, entry in (CONFIGURED | COMMANDS).items()}}.items():
         print(f"  {name:<16}{text}")
 
 
@@ -73,8 +81,9 @@ def _loaded(name: str) -> Callable[[list[str]], int]:
     Imports make a million objects that stay. In a process of its own the garbage collector never looks at them: that
     would take a quarter of the time until the first step.
     """
-    if name not in {*STAGES, *COMMANDS}:
-        raise ValueError(f"unknown command {name!r}; there are {', '.join([*STAGES, *COMMANDS])}")
+    known = [*STAGES, *CONFIGURED, *COMMANDS]
+    if name not in known:
+        raise ValueError(f"unknown command {name!r}; there are {', '.join(known)}")
     own_process = "torch" not in sys.modules
     if own_process:
         gc.disable()
@@ -83,6 +92,10 @@ def _loaded(name: str) -> Callable[[list[str]], int]:
         if name in COMMANDS:
             module, function, _ = COMMANDS[name]
             return functools.partial(_command, getattr(import_module(f"lightning_itk.{module}"), function))
+        if name in CONFIGURED:
+            module, function, _ = CONFIGURED[name]
+            run = getattr(import_module(f"lightning_itk.{module}"), function)
+            return functools.partial(_stage, lambda args: run(args[1:]))
         from lightning_itk.cli.fit import InstructionCLI
 
         return functools.partial(_stage, InstructionCLI.start)
@@ -165,7 +178,7 @@ _HIDDEN = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",
     r"Found \d+ module\(s\) in eval mode at the start of training",  # teachers
-    r"Total length of `list` across ranks is zero",  # no validation data
+    r"Total length of `(list|PieceLoader)` across ranks is zero",  # no validation data; a teacher has run already
 )
 
 

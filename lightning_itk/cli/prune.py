@@ -9,10 +9,10 @@ from rich.console import Console
 
 from lightning_itk.cli.console import device_of, one_source, progress_bar
 from lightning_itk.data.chat import ChatEncoder
-from lightning_itk.data.module import read_template
 from lightning_itk.data.records import DataError
 from lightning_itk.data.sources import Sources, read
 from lightning_itk.data.special_tokens import SpecialTokens
+from lightning_itk.data.template import read_template
 from lightning_itk.data.tools import Tools
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.models.export import check_replaceable, export

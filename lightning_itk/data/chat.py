@@ -87,9 +87,25 @@ class ChatEncoder:
 
     def fingerprint(self) -> str:
         """A hash of everything that the token ids of a conversation depend on."""
+        return _hash("\0".join(self._parts().values()))
+
+    def fingerprints(self) -> dict[str, str]:
+        """`fingerprint` by its parts: tokenizer, chat_template, special_tokens."""
+        backend, template, variables, special = self._parts().values()
+        return {
+            "tokenizer": _hash(backend),
+            "chat_template": _hash(f"{template}\0{variables}"),
+            "special_tokens": special,
+        }
+
+    def _parts(self) -> dict[str, str]:
         template = self._template
-        parts = (self._backend.to_str(), template.source, str(sorted(template.variables.items())), self.special_tokens)
-        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+        return {
+            "tokenizer": self._backend.to_str(),
+            "template": template.source,
+            "variables": str(sorted(template.variables.items())),
+            "special_tokens": self.special_tokens,
+        }
 
     def encode(self, conversations: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded]:
         """Tokenize conversations; the call batches, and the tokenizers library may use its threads.
@@ -225,3 +241,7 @@ def _token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
     while last < len(encoding) and (chars := encoding.token_to_chars(last)) is not None and chars[0] < end:
         last += 1
     return first, max(first, last)
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, pack, pad
+from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, identity, pack, pad
 from lightning_itk.data.records import joint_fingerprint
 from lightning_itk.data.sampler import BatchSampler
 from lightning_itk.data.samples import TokenizedSource
@@ -57,6 +57,11 @@ class SampleSet(Dataset[list[Sample]]):
     def __getitem__(self, row: np.ndarray) -> list[Sample]:
         """The samples of a row."""
         return [self._sample(int(index)) for index in row]
+
+    def identities(self, chosen: np.ndarray) -> np.ndarray:
+        """`batch.identity` of some samples [n] (S16)."""
+        found = (self._sample(int(index)) for index in chosen)
+        return np.array([identity(sample.input_ids, sample.labels) for sample in found], "S16")
 
     def _sample(self, index: int) -> Sample:
         source = int(self.source_ids[index])

@@ -1,6 +1,5 @@
 """InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
 
-from pathlib import Path
 from typing import Any, get_args
 
 import lightning as L
@@ -18,6 +17,7 @@ from lightning_itk.data.samples import TokenizedSource, report
 from lightning_itk.data.sources import Sources, as_sources
 from lightning_itk.data.special_tokens import SpecialTokens
 from lightning_itk.data.subset import Subset, choose, held_out
+from lightning_itk.data.template import read_template
 from lightning_itk.data.tools import Tools
 from lightning_itk.hub import load_tokenizer
 from lightning_itk.trainer import replica
@@ -162,6 +162,20 @@ class InstructionDataModule(L.LightningDataModule):
     def response_chars(self) -> np.ndarray:
         """Characters of the responses [samples] of `train_sample_ids`."""
         return self._set("train").response_chars[self._pool]
+
+    @property
+    def token_settings(self) -> dict[str, Any]:
+        """What decides which samples are drawn, and their tokens, as plain JSON."""
+        names = ("max_length", "tools", "invalid", "validation_share", "seed")
+        subset = None if self.subset is None else vars(self.subset)
+        own = {name: getattr(self, name) for name in names} | {"records": self.fingerprint, "subset": subset}
+        return own | self.encoder.fingerprints()
+
+    def drawn(self, test: bool = False) -> list[tuple[SampleSet, np.ndarray]]:
+        """The samples that training and validation, and the test if asked for, can draw: by set, their numbers."""
+        more = [self._set(name) for name in ("validation", "test")[: 1 + test] if self.sources[name]]
+        train = np.union1d(self._chosen, self._held_out)
+        return [(self._set("train"), train), *((samples, np.arange(len(samples))) for samples in more)]
 
     # Lightning's hooks
 
@@ -328,16 +342,6 @@ class InstructionDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def read_template(given: str | None) -> str | None:
-    """The Jinja chat template that is given, itself or as the name of a file."""
-    if given is None or "{" in given or "\n" in given:
-        return given
-    try:
-        return Path(given).read_text()
-    except OSError as error:
-        raise DataError(f"chat_template: {given}: neither a Jinja template nor a readable file: {error}") from None
 
 
 def _students_tokenizer(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | str:

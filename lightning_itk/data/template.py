@@ -8,6 +8,7 @@ so a record is refused on every machine or on none.
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,6 +16,8 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from lightning_itk.data.errors import DataError
 
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]
@@ -245,3 +248,13 @@ def _compiled(source: str) -> jinja2.Template:
     environment.intercepted_binops = frozenset(("*", "**", "+", "%"))
     environment.call_binop = _operate
     return environment.from_string(_Meter().visit(environment.parse(source)))
+
+
+def read_template(given: str | None) -> str | None:
+    """The Jinja chat template that is given, itself or as the name of a file."""
+    if given is None or "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).read_text()
+    except OSError as error:
+        raise DataError(f"chat_template: {given}: neither a Jinja template nor a readable file: {error}") from None

@@ -40,6 +40,10 @@ class Head(NamedTuple):
     def detach(self) -> "Head":
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def to(self, device: torch.device) -> "Head":
+        bias = None if self.bias is None else self.bias.to(device)
+        return self._replace(weight=self.weight.to(device), bias=bias)
+
     def cut(self, vocab: int) -> "Head":
         """The same head for the first `vocab` tokens."""
         if vocab == self.weight.shape[0]:

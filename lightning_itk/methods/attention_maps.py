@@ -14,7 +14,8 @@ from lightning_itk.attention.kl import layer_attention_kl
 from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.batch import IGNORE_INDEX, Batch, cu_seqlens, is_packed, next_token_labels, real_tokens
 from lightning_itk.losses.implementation import Impl, resolve_impl
-from lightning_itk.methods.teacher import SoftTargets, Teacher
+from lightning_itk.methods.cached_teacher import AnyTeacher
+from lightning_itk.methods.teacher import SoftTargets
 from lightning_itk.models.pruning import original_layers
 
 
@@ -54,13 +55,13 @@ class AttentionDistiller:
         head_dim: the largest head dimension of the layers that are compared; 0 where no model could be tried out.
     """
 
-    def __init__(self, loss: AttentionLoss, student: torch.nn.Module, teachers: Mapping[str, Teacher], impl: Impl):
+    def __init__(self, loss: AttentionLoss, student: torch.nn.Module, teachers: Mapping[str, AnyTeacher], impl: Impl):
         self.loss, self.impl = loss, impl
         self.student: AttentionTap = install(student)
         self.layers: dict[str, dict[int, int]] = {}
         self.head_dim = 0
         for name, teacher in teachers.items():
-            depth = teacher.model.config.get_text_config().num_hidden_layers
+            depth = teacher.num_layers
             if isinstance(loss.layers, str) and loss.layers == "all" and depth < self.student.num_layers:
                 raise ValueError(
                     f"attention loss: teacher {name!r} has {depth} layers and the student {self.student.num_layers}; "
@@ -89,11 +90,11 @@ class AttentionDistiller:
         Yields a dict that holds, after the forward pass, each teacher's loss: the sum over its response rows of the
         mean over layers and student heads.
         """
-        masks = {name: _masks(own.rows.host) for name, own in targets.items()}
-        for name, own in targets.items():
-            # The torch engine looks at them tile by tile, on the CPU.
-            if resolve_impl(self.impl, own.rows.places, head_dim=self.head_dim) == "triton":
-                masks[name] = _sent(masks[name], own.rows.places.device)
+        masks = {name: _masks(target.own.rows.host) for name, target in targets.items()}
+        for name, target in targets.items():
+            where = target.own.rows.places  # the torch engine looks at masks tile by tile, on the CPU
+            if resolve_impl(self.impl, where, head_dim=self.head_dim) == "triton":
+                masks[name] = _sent(masks[name], where.device)
         names = list(targets)
         how: dict[str, Any] = {key: getattr(self.loss, key) for key in ("kind", "temperature", "head_map")}
         how["impl"] = self.impl
@@ -101,10 +102,11 @@ class AttentionDistiller:
         def layer_loss(layer: int, student: LayerAttention) -> Tensor:
             losses = []
             for name in names:
-                pairs, own = self.layers[name], targets[name]
+                pairs, target = self.layers[name], targets[name]
                 if layer in pairs:
-                    mine = replace(student, q=_gather(student.q, own.places), k=_gather(student.k, own.places))
-                    theirs = own.teacher.attention[pairs[layer]]
+                    places = target.own.places
+                    mine = replace(student, q=_gather(student.q, places), k=_gather(student.k, places))
+                    theirs = target.attention[pairs[layer]]
                     losses.append(layer_attention_kl(mine, theirs, masks[name], **how) / len(pairs))
                 else:
                     losses.append(student.q.new_zeros((), dtype=torch.float32))

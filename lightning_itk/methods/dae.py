@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_itk.batch import Batch, ResponseRows
+from lightning_itk.methods.cached_teacher import AnyTeacher
 from lightning_itk.methods.distillation import DistillationModule
-from lightning_itk.methods.teacher import SoftTargets, Teacher
+from lightning_itk.methods.teacher import SoftTargets
 from lightning_itk.trainer import datamodule
 
 
@@ -20,7 +21,8 @@ class DAEModule(DistillationModule):
     the balance between domains is the data's mix of tokens, unless teacher_weights say otherwise.
 
     Args:
-        teachers: Name of a teacher -> folder or hub name, all with the student's tokenizer.
+        teachers: Name of a teacher -> folder or hub name, all with the student's tokenizer; some or all may be folders
+            that `cache-teacher` wrote.
         teacher_weights: Factor on a teacher's losses; 1 where not given.
         default_teacher: Who teaches samples without a tag; null = the first of teachers.
     """
@@ -28,7 +30,7 @@ class DAEModule(DistillationModule):
     def __init__(
         self,
         student: str | PreTrainedModel,
-        teachers: dict[str, str] | dict[str, PreTrainedModel] | dict[str, Teacher],
+        teachers: dict[str, str] | dict[str, PreTrainedModel] | dict[str, AnyTeacher],
         *,
         teacher_weights: dict[str, float] | None = None,
         default_teacher: str | None = None,
@@ -47,6 +49,9 @@ class DAEModule(DistillationModule):
             raise ValueError(f"the data names teacher {name!r}, but this module has {', '.join(self._names)}")
         return name
 
+    def teaches(self, name: str, tag: str) -> bool:
+        return self.teacher_of(tag) == name
+
     def soft_targets(self, batch: Batch, rows: ResponseRows) -> dict[str, SoftTargets]:
         owners = [self.teacher_of(tag) for tag in batch["teachers"]]
         targets = {}
@@ -59,9 +64,9 @@ class DAEModule(DistillationModule):
         return targets
 
     def on_fit_start(self) -> None:
-        super().on_fit_start()
         for tag in datamodule(self.trainer).teachers:
             self.teacher_of(tag)
+        super().on_fit_start()
 
 
 def _check_names(teachers: Mapping[str, Any], weights: Mapping[str, float], default: str | None) -> None:

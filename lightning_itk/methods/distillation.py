@@ -1,6 +1,7 @@
 """The one loss path of KD and DAE: a student, named teachers, and what each makes of its own samples."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_itk.batch import Batch, ResponseRows, response_rows
+from lightning_itk.cached.manifest import is_cached_teacher
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.divergence import Divergence, Kind
 from lightning_itk.losses.per_token import linear_token_divergence
 from lightning_itk.losses.token import LossParts, linear_kl_parts
+from lightning_itk.losses.topk import TopK, topk_kl_parts
 from lightning_itk.methods.attention_maps import AttentionDistiller, AttentionLoss
+from lightning_itk.methods.cached_teacher import AnyTeacher, CachedTeacher
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.methods.step import ForwardPass, Term, TokenFigure
 from lightning_itk.methods.teacher import SoftTargets, Teacher
 from lightning_itk.models.hidden import HiddenStates
 from lightning_itk.models.loading import DType
+from lightning_itk.trainer import datamodule
 
 
 class DistillationPass(ForwardPass):
@@ -75,7 +80,7 @@ class DistillationModule(InstructionModule):
         self.beta, self.attention = beta, attention
         self._teacher_options: dict[str, Any] = {"dtype": teacher_dtype, "model_kwargs": teacher_kwargs}
 
-    def learn_from(self, teachers: Mapping[str, str | PreTrainedModel | Teacher]) -> None:
+    def learn_from(self, teachers: Mapping[str, str | PreTrainedModel | AnyTeacher]) -> None:
         """Load the teachers; called once. The one named "" gives terms without a name.
 
         No argument of `__init__`, because Lightning would store it as one beside a subclass's own.
@@ -87,17 +92,38 @@ class DistillationModule(InstructionModule):
         if self.attention and self.attention.weight:
             self._distiller = AttentionDistiller(self.attention, self.student, self.teachers, self.impl)
 
-    def _loaded(self, teacher: str | PreTrainedModel | Teacher) -> Teacher:
+    def _loaded(self, teacher: str | PreTrainedModel | AnyTeacher) -> AnyTeacher:
         """A teacher; where both are given by name, it must have the student's tokenizer."""
-        if isinstance(teacher, Teacher):
-            return teacher
-        loaded = Teacher(teacher, trust_remote_code=self.hparams["trust_remote_code"], **self._teacher_options)
+        if isinstance(teacher, str) and is_cached_teacher(teacher):
+            loaded: AnyTeacher = CachedTeacher(teacher)
+        elif isinstance(teacher, str | PreTrainedModel):
+            loading = {"trust_remote_code": self.hparams["trust_remote_code"], **self._teacher_options}
+            loaded = Teacher(teacher, **loading)
+        else:
+            loaded = teacher
+        if isinstance(loaded, CachedTeacher):
+            self._check_cached(loaded)
         if isinstance(teacher, str) and self.student_name:
             loaded.check_tokenizer(self.tokenizer)
         return loaded
 
+    def _check_cached(self, teacher: CachedTeacher) -> None:
+        """Refuse what a teacher that is known by its top k cannot serve."""
+        if teacher.manifest.mode != "topk":
+            return
+        if type(self).divergence is not DistillationModule.divergence:
+            raise ValueError(
+                f"{teacher.name} holds the teacher's top k only, but {type(self).__name__} has a divergence of its "
+                "own, which needs its states: run cache-teacher with --mode states"
+            )
+        if (stored := teacher.manifest.settings["temperature"]) != self.temperature:
+            raise ValueError(
+                f"{teacher.name} holds the teacher's top k at temperature {stored:g}, temperature is "
+                f"{self.temperature:g}: cache it again, or with --mode states, which serves any"
+            )
+
     @property
-    def teachers(self) -> Mapping[str, Teacher]:
+    def teachers(self) -> Mapping[str, AnyTeacher]:
         return dict(zip(self._names, self._teachers, strict=True))  # type: ignore[arg-type]
 
     @property
@@ -108,7 +134,18 @@ class DistillationModule(InstructionModule):
     def models(self) -> Iterable[torch.nn.Module]:
         yield self.student
         for teacher in self.teachers.values():
-            yield teacher.model
+            if isinstance(teacher, Teacher):
+                yield teacher.model
+
+    def teaches(self, name: str, tag: str) -> bool:
+        """Whether samples with this tag are the teacher's."""
+        return True
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, CachedTeacher):
+                teacher.check_data(datamodule(self.trainer), partial(self.teaches, name))
 
     def soft_targets(self, batch: Batch, rows: ResponseRows) -> dict[str, SoftTargets]:
         """By teacher, what the student is to match on the samples that are its own; one without any is left out."""
@@ -127,10 +164,17 @@ class DistillationModule(InstructionModule):
         No target is -100. An override applies temperature, ce_weight and kl_weight itself, as far as they mean
         something to it; `losses.linear_divergence` takes any loss of two rows of logits, and runs in torch.
         """
-        how = Divergence(self.kind, self.beta, self.temperature, self.ce_weight, self.kl_weight)
-        return linear_kl_parts(
-            student_states, student_head, teacher_states, teacher_head, targets, how, impl=self.impl, has_ignored=False
-        )
+        heads = student_states, student_head, teacher_states, teacher_head
+        return linear_kl_parts(*heads, targets, self._how, impl=self.impl, has_ignored=False)
+
+    @property
+    def _how(self) -> Divergence:
+        return Divergence(self.kind, self.beta, self.temperature, self.ce_weight, self.kl_weight)
+
+    def _token_loss(self, states: Float[Tensor, "N H"], head: Head, target: SoftTargets) -> LossParts:
+        if isinstance(target.answer, TopK):
+            return topk_kl_parts(states, head, target.answer, target.targets, self._how)
+        return self.divergence(states, head, *target.answer, target.targets)
 
     def run_models(self, batch: Batch) -> DistillationPass:
         rows = response_rows(batch)
@@ -155,10 +199,10 @@ class DistillationModule(InstructionModule):
             parts, count, suffix = LossParts(nothing, nothing, nothing), 0, _suffix(name)
             if own := run.targets.get(name):
                 rows = states.flatten(0, 1)[own.student_rows]
-                parts = self.divergence(rows, head, own.states, own.teacher.head, own.rows.targets)
+                parts = self._token_loss(rows, head, own)
                 if not isinstance(parts, LossParts):
                     raise ValueError(f"divergence must return LossParts, found {type(parts).__name__}")
-                count = own.rows.targets.numel()
+                count = own.targets.numel()
             elements = torch.full((), count, device=states.device)  # filled there: a copy would wait
             terms[f"distillation{suffix}"] = Term(parts.loss, weight, elements)
             terms[f"kl{suffix}"], terms[f"ce{suffix}"] = Term(parts.kl, 0.0, elements), Term(parts.ce, 0.0, elements)
@@ -181,9 +225,9 @@ class DistillationModule(InstructionModule):
         for name in self._names:
             loss = agreement = count = torch.zeros((), device=states.device)
             if own := run.targets.get(name):
-                targets = own.rows.targets
+                targets = own.targets
                 student = linear_token_scores(states.flatten(0, 1)[own.student_rows], head, targets)
-                teacher = linear_token_scores(own.states, own.teacher.head, targets)
+                teacher = own.answer.scores(targets)
                 loss, agreement = teacher.nll.sum(), (student.top1 == teacher.top1).sum()
                 count = torch.full((), targets.numel(), device=states.device)
             figures[f"teacher_response_loss{_suffix(name)}"] = Term(loss, elements=count)
@@ -199,13 +243,11 @@ class DistillationModule(InstructionModule):
         for name, own in run.targets.items():
             samples = batch["sample_ids"].flatten()[own.student_rows]
             states = run.student.states.flatten(0, 1)[own.student_rows]
-            student = linear_token_scores(states, run.student.head, own.rows.targets)
-            teacher = linear_token_scores(own.states, own.teacher.head, own.rows.targets)
-            found = {
-                "kl": linear_token_divergence(states, run.student.head, own.states, own.teacher.head, how),
-                "teacher_response_loss": teacher.nll,
-                "teacher_agreement": student.top1 == teacher.top1,
-            }
+            student = linear_token_scores(states, run.student.head, own.targets)
+            teacher = own.answer.scores(own.targets)
+            found = {"teacher_response_loss": teacher.nll, "teacher_agreement": student.top1 == teacher.top1}
+            if not isinstance(own.answer, TopK):  # which knows no more of a distribution than training needs
+                found["kl"] = linear_token_divergence(states, run.student.head, *own.answer, how)
             figures |= {f"{figure}{_suffix(name)}": TokenFigure(samples, v) for figure, v in found.items()}
         return figures
 

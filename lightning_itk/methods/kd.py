@@ -5,8 +5,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lightning_itk.batch import Batch, ResponseRows
+from lightning_itk.methods.cached_teacher import AnyTeacher
 from lightning_itk.methods.distillation import DistillationModule
-from lightning_itk.methods.teacher import SoftTargets, Teacher
+from lightning_itk.methods.teacher import SoftTargets
 
 
 class KDModule(DistillationModule):
@@ -17,15 +18,18 @@ class KDModule(DistillationModule):
     and T 1.
 
     Args:
-        teacher: Folder or hub name of the teacher, with the student's tokenizer (in Python also a model or Teacher).
+        teacher: Folder or hub name of the teacher, with the student's tokenizer, or a folder that `cache-teacher` wrote
+            (in Python also a model or Teacher).
     """
 
-    def __init__(self, student: str | PreTrainedModel, teacher: str | PreTrainedModel | Teacher, **kwargs: Any) -> None:
+    def __init__(
+        self, student: str | PreTrainedModel, teacher: str | PreTrainedModel | AnyTeacher, **kwargs: Any
+    ) -> None:
         super().__init__(student, **kwargs)
         self.learn_from({"": teacher})
 
     @property
-    def teacher(self) -> Teacher:
+    def teacher(self) -> AnyTeacher:
         return self.teachers[""]
 
     def soft_targets(self, batch: Batch, rows: ResponseRows) -> dict[str, SoftTargets]:

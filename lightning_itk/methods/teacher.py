@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_itk.attention.capture import AttentionTap, LayerAttention, install
 from lightning_itk.batch import Batch, ResponseRows, on_device, response_rows, select
 from lightning_itk.hub import first_difference, load_tokenizer
-from lightning_itk.losses.chunked import Head
+from lightning_itk.losses.chunked import Head, TokenScores, linear_token_scores
+from lightning_itk.losses.topk import TopK
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 from lightning_itk.models.hidden import check_head, hidden_states
 from lightning_itk.models.loading import DType, load_causal_lm
@@ -26,23 +27,54 @@ class TeacherOutput(NamedTuple):
     attention: Mapping[int, LayerAttention]  # queries and keys of the layers that are watched
 
 
+class OwnRows(NamedTuple):
+    """A teacher's samples of a batch: those only, in the layout of the student's batch."""
+
+    rows: ResponseRows  # of the teacher's samples; `rows.host` is their batch
+    places: Int[Tensor, "b s"] | None  # where each token stands in the student's flattened batch; None = the same place
+
+    @classmethod
+    def of(cls, rows: ResponseRows, keep: Bool[Tensor, "B S"] | None) -> "OwnRows | None":
+        """Args: rows of the whole batch; keep: True on the tokens of the samples, None = all. None where none is."""
+        if keep is None:
+            return cls(rows, None)
+        part = select(rows.host, keep.cpu())
+        if part is None:
+            return None
+        (host, places), device = part, rows.places.device
+        found = response_rows(host)
+        places, where, tokens = (t.to(device, non_blocking=True) for t in (places, found.places, found.targets))
+        return cls(ResponseRows(where, tokens, host), places)
+
+
+class ResponseStates(NamedTuple):
+    """A teacher's whole distribution at its response rows."""
+
+    states: Float[Tensor, "n H"]  # the head's input
+    head: Head
+
+    def scores(self, targets: Int[Tensor, " n"]) -> TokenScores:
+        """What the teacher thinks of the right tokens."""
+        return linear_token_scores(self.states, self.head, targets)
+
+
 class SoftTargets(NamedTuple):
     """What a teacher gives the student to match, on the samples that are its own."""
 
-    batch: Batch  # those samples only, in the layout of the student's batch
-    places: Int[Tensor, "b s"] | None  # where each token stands in the student's flattened batch; None = the same place
-    rows: ResponseRows  # of `batch`
-    teacher: TeacherOutput
+    own: OwnRows
+    answer: ResponseStates | TopK
+    attention: Mapping[int, LayerAttention]  # by teacher layer, in the layout of its samples
+
+    @property
+    def targets(self) -> Int[Tensor, " n"]:
+        """The tokens that follow at the response rows."""
+        return self.own.rows.targets
 
     @property
     def student_rows(self) -> Int[Tensor, " n"]:
         """Where the response rows stand in the student's flattened batch."""
-        return self.rows.places if self.places is None else self.places.flatten()[self.rows.places]
-
-    @property
-    def states(self) -> Float[Tensor, "n H"]:
-        """The teacher's hidden states at its response rows."""
-        return self.teacher.states.flatten(0, 1)[self.rows.places]
+        rows, places = self.own
+        return rows.places if places is None else places.flatten()[rows.places]
 
 
 class Teacher(nn.Module):
@@ -70,7 +102,7 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.name = model if isinstance(model, str) else type(model).__name__
-        self._trust_remote_code = trust_remote_code
+        self._trust_remote_code, self._by_name = trust_remote_code, isinstance(model, str)
         if isinstance(model, str):
             model = load_causal_lm(
                 model,
@@ -80,6 +112,7 @@ class Teacher(nn.Module):
                 model_kwargs=model_kwargs,
             )
         self.model = model.requires_grad_(False).eval()
+        self.num_layers: int = model.config.get_text_config().num_hidden_layers
         self._tap: AttentionTap | None = None
         self._watched: tuple[int, ...] = ()
         check_head(self.model)
@@ -115,18 +148,20 @@ class Teacher(nn.Module):
         Returns:
             What the student is to match; None when no sample is the teacher's.
         """
-        if keep is None:
-            return SoftTargets(batch, None, rows, self(batch))
-        part = select(rows.host, keep.cpu())
-        if part is None:
+        own = OwnRows.of(rows, keep)
+        if own is None:
             if isinstance(self.model, FSDPModule):  # the other ranks wait for this one to gather the weights
                 self(_first_token(batch))
             return None
-        (host, places), device = part, batch["input_ids"].device
-        found = response_rows(host)
-        places, where, tokens = (t.to(device, non_blocking=True) for t in (places, found.places, found.targets))
-        own = on_device(host, device)
-        return SoftTargets(own, places, ResponseRows(where, tokens, host), self(own))
+        part = batch if own.places is None else on_device(own.rows.host, batch["input_ids"].device)
+        found = self(part)
+        return SoftTargets(
+            own, ResponseStates(found.states.flatten(0, 1)[own.rows.places], found.head), found.attention
+        )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The teacher's tokenizer; None where it was given as a loaded model."""
+        return load_tokenizer(self.name, trust_remote_code=self._trust_remote_code) if self._by_name else None
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a student with another tokenizer: probabilities over different tokens cannot be compared.
@@ -134,10 +169,13 @@ class Teacher(nn.Module):
         Raises:
             ValueError: names the first differing token.
         """
-        own = load_tokenizer(self.name, trust_remote_code=self._trust_remote_code)
-        difference = first_difference(tokenizer, own)
-        if difference:
-            raise ValueError(f"student and teacher {self.name!r} have different tokenizers: {difference}")
+        check_same_tokenizer(tokenizer, self.name, trust_remote_code=self._trust_remote_code)
+
+
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, teacher: str, **loading: bool) -> None:
+    """`Teacher.check_tokenizer`, by the teacher's name."""
+    if difference := first_difference(tokenizer, load_tokenizer(teacher, **loading)):
+        raise ValueError(f"student and teacher {teacher!r} have different tokenizers: {difference}")
 
 
 def _first_token(batch: Batch) -> Batch:

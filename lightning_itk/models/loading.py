@@ -1,7 +1,9 @@
 """Load a causal LM from a folder or hub name, and refuse what would train on garbage."""
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -84,6 +86,22 @@ def load_model(
 
 
 load_causal_lm = partial(load_model, AutoModelForCausalLM)
+
+
+def weights_hash(model: PreTrainedModel, name: str) -> str:
+    """A hash of a model's weights and buffers; of the files in the folder `name` where some are not in memory."""
+    found = hashlib.blake2b(digest_size=16)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if any(tensor.is_meta for tensor in tensors.values()):
+        found.update(name.encode())
+        for path in sorted(path for path in Path(name).expanduser().glob("*") if path.is_file()):
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "blake2b").digest())
+        return found.hexdigest()
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def add_lora(model: PreTrainedModel, lora: LoRA) -> torch.nn.Module:
