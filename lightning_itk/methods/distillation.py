@@ -1,6 +1,7 @@
 """The one loss path of KD and DAE: a student, named teachers, and what each makes of its own samples."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,11 +125,20 @@ class DistillationModule(InstructionModule):
         """The token loss at one teacher's response rows, summed; override it to distil with another one.
 
         No target is -100. An override applies temperature, ce_weight and kl_weight itself, as far as they mean
-        something to it; `losses.linear_divergence` takes any loss of two rows of logits, and runs in torch.
+        something to it; `losses.linear_divergence` takes any loss of two rows of logits, and runs in torch, within
+        `max_scratch_bytes` if that is handed on.
         """
         how = Divergence(self.kind, self.beta, self.temperature, self.ce_weight, self.kl_weight)
         return linear_kl_parts(
-            student_states, student_head, teacher_states, teacher_head, targets, how, impl=self.impl, has_ignored=False
+            student_states,
+            student_head,
+            teacher_states,
+            teacher_head,
+            targets,
+            how,
+            impl=self.impl,
+            has_ignored=False,
+            max_scratch_bytes=self.max_scratch_bytes,
         )
 
     def run_models(self, batch: Batch) -> DistillationPass:
@@ -181,8 +191,9 @@ class DistillationModule(InstructionModule):
             loss = agreement = count = torch.zeros((), device=states.device)
             if own := run.targets.get(name):
                 targets = own.rows.targets
-                student = linear_token_scores(states.flatten(0, 1)[own.student_rows], head, targets)
-                teacher = linear_token_scores(own.states, own.teacher.head, targets)
+                scores = partial(linear_token_scores, labels=targets, max_scratch_bytes=self.max_scratch_bytes)
+                student = scores(states.flatten(0, 1)[own.student_rows], head)
+                teacher = scores(own.states, own.teacher.head)
                 loss, agreement = teacher.nll.sum(), (student.top1 == teacher.top1).sum()
                 count = torch.full((), targets.numel(), device=states.device)
             figures[f"teacher_response_loss{_suffix(name)}"] = Term(loss, elements=count)
