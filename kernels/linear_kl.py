@@ -244,4 +244,4 @@ class _LinearLoss(torch.autograd.Function):
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(_backward)  # type: ignore[assignment]

@@ -168,4 +168,4 @@ class _ChunkedLoss(torch.autograd.Function):
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(_backward)  # type: ignore[assignment]
