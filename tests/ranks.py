@@ -15,6 +15,7 @@ from lightning_itk.callbacks import HFExport, RunCard
 from lightning_itk.data import InstructionDataModule
 from lightning_itk.methods.kd import KDModule
 from lightning_itk.methods.sft import SFTModule
+from lightning_itk.models.loading import LoRA
 
 
 class Halves(L.LightningDataModule):
@@ -92,6 +93,22 @@ def fit(
     weights = torch.cat([weight.flatten() for weight in weights])
     if trainer.is_global_zero:
         torch.save({"weights": weights, "step": trainer.global_step}, folder / f"{name}.pt")
+
+
+def adapters(student: str, strategy: str, folder: Path) -> None:
+    """Train LoRA adapters for an epoch of 2 ranks; a checkpoint, and an export by HFExport."""
+    L.seed_everything(0)
+    kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
+    trainer = L.Trainer(
+        **QUIET,
+        devices=2,
+        strategy=kind,
+        max_epochs=1,
+        callbacks=[ModelCheckpoint(folder, filename="trained"), HFExport(str(folder / "export"))],
+        use_distributed_sampler=False,
+    )
+    model = SFTModule(student, lora=LoRA(r=4), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    trainer.fit(model, datamodule=Halves())
 
 
 def train(method: str, strategy: str, folder: Path) -> None:

@@ -4,7 +4,7 @@
 and then calls the one the model had: sdpa, eager, flash or flex, see `interface.py`. Shapes as in `kl.py`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,10 @@ LayerLoss = Callable[[int, LayerAttention], Tensor]
 
 
 def layer_map(
-    student_layers: int, teacher_layers: int, layers: str | Collection[int] | Mapping[int, int] = "all"
+    student_layers: int,
+    teacher_layers: int,
+    layers: str | Collection[int] | Mapping[int, int] = "all",
+    original: Sequence[int] | None = None,
 ) -> dict[int, int]:
     """The teacher layer that each distilled student layer answers to.
 
@@ -31,6 +34,8 @@ def layer_map(
         layers: "all"; "every:n" (the last of every n layers); student layers, negative ones from the end; or a map
             from student layers to teacher layers. Without a map, g(l) = round((l + 1) * teacher / student) - 1, which
             is the identity for equal depths and always ends at both last layers.
+        original: by student layer, the teacher layer that it once was, where the student was pruned from a model of
+            the teacher's depth; takes g's place.
 
     Raises:
         ValueError: a layer that does not exist, no layer at all, or a word that is not understood.
@@ -52,7 +57,9 @@ def layer_map(
                 )
         else:
             chosen = [layer + student_layers if -student_layers <= layer < 0 else layer for layer in layers]
-        pairs = {layer: max(0, round((layer + 1) * teacher_layers / student_layers) - 1) for layer in chosen}
+        usual = [max(0, round((layer + 1) * teacher_layers / student_layers) - 1) for layer in range(student_layers)]
+        partner = dict(enumerate(original or usual))
+        pairs = {layer: partner.get(layer, -1) for layer in chosen}
     for student, teacher in pairs.items():
         for owner, layer, count in (("student", student, student_layers), ("teacher", teacher, teacher_layers)):
             # Only an explicit map names teacher layers; a derived one is out of range with its student layer.

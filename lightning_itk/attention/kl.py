@@ -38,6 +38,8 @@ def attention_kl(
     head_map: Int[Tensor, "Hs G"] | Int[Tensor, "Hs"] | list | None = None,
     softcap_student: float | None = None,
     softcap_teacher: float | None = None,
+    lse_student: Float[Tensor, "B Hs S"] | None = None,
+    lse_teacher: Float[Tensor, "B Ht S"] | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, ""]:
     """Sum over query rows of the mean over student heads of KL(teacher's attention row || student's attention row).
@@ -67,6 +69,12 @@ def attention_kl(
             divides the other. Several teacher heads per student head: the mean of the pairwise divergences.
         softcap_student: scores become cap * tanh(scores / cap) before the masks (Gemma 2).
         softcap_teacher: the same for the teacher.
+        lse_student: fp32, the natural log of the sum over the visible keys of exp(score / temperature), scores scaled and
+            capped: what flash attention returns beside its output, at temperature 1 and under the same masks. Given for
+            both models it saves Triton a sweep over the scores where a gradient of kind "forward" is wanted; it is
+            believed, so one of other scores gives another loss. Torch makes its own. -inf, and anything where a row does
+            not count or sees no key, drops the row.
+        lse_teacher: the same for the teacher.
         impl: "triton", "torch", or "auto": Triton on a GPU that supports it, torch elsewhere.
 
     Returns:
@@ -74,7 +82,8 @@ def attention_kl(
 
     Raises:
         ValueError: shapes that do not fit, head counts that do not divide, boundaries that do not rise from 0 to B * S,
-            an unknown kind, or a temperature or window that is not positive.
+            an unknown kind, a temperature or window that is not positive, or log-sum-exps of one model only or of
+            another shape or dtype.
         RuntimeError: `impl="triton"` where Triton cannot run; the message says why.
     """
     scale_student, scale_teacher = (
@@ -84,7 +93,8 @@ def attention_kl(
     student = LayerAttention(q_student, k_student, scale_student, window, softcap_student, causal)
     teacher = LayerAttention(q_teacher, k_teacher, scale_teacher, window, softcap_teacher, causal)
     masks = Masks(cu_seqlens, key_mask, row_mask)
-    return layer_attention_kl(student, teacher, masks, kind=kind, temperature=temperature, head_map=head_map, impl=impl)
+    how: dict[str, Any] = {"kind": kind, "temperature": temperature, "head_map": head_map, "impl": impl}
+    return layer_attention_kl(student, teacher, masks, lse=(lse_student, lse_teacher), **how)
 
 
 def layer_attention_kl(
@@ -95,6 +105,7 @@ def layer_attention_kl(
     kind: Kind = "forward",
     temperature: float = 1.0,
     head_map: Tensor | list | None = None,
+    lse: tuple[Tensor | None, Tensor | None] = (None, None),
     impl: Impl = "auto",
 ) -> Float[Tensor, ""]:
     """`attention_kl` of two layers as they were captured.
@@ -103,6 +114,7 @@ def layer_attention_kl(
         ValueError: see `attention_kl`; or the layers see different keys.
     """
     _check_shapes(student, teacher, masks)
+    _check_lse(lse, student, teacher)
     student, teacher = student.autocast(), teacher.autocast()
     window, causal = _common_window(student, teacher), student.causal
     if kind not in ("forward", "reverse"):
@@ -134,6 +146,8 @@ def layer_attention_kl(
             softcap_teacher=teacher.softcap,
             causal=causal,
             window=window,
+            lse_student=lse[0],
+            lse_teacher=lse[1],
             **masks._asdict(),
             **how,
         )
@@ -163,6 +177,15 @@ def _checked_head_map(head_map: Tensor | list, student_heads: int, teacher_heads
     if index.min() < 0 or index.max() >= teacher_heads:
         raise ValueError(f"head_map must name teacher heads 0..{teacher_heads - 1}, found {index.tolist()}")
     return index.long()
+
+
+def _check_lse(lse: tuple[Tensor | None, Tensor | None], student: LayerAttention, teacher: LayerAttention) -> None:
+    if (lse[0] is None) != (lse[1] is None):
+        raise ValueError("attention_kl: lse_student and lse_teacher come together or not at all")
+    for name, given, layer in zip(("lse_student", "lse_teacher"), lse, (student, teacher), strict=True):
+        if given is not None and (given.shape != layer.q.shape[:3] or given.dtype != torch.float32):
+            expected = f"fp32 {list(layer.q.shape[:3])}"
+            raise ValueError(f"attention_kl: {name} must be {expected}, found {given.dtype} {list(given.shape)}")
 
 
 def _check_shapes(student: LayerAttention, teacher: LayerAttention, masks: Masks) -> None:

@@ -18,8 +18,12 @@ COMMANDS = {
     "select": ("cli.select", "select_records", "choose records by their learning percentage, from a scores file"),
     "choose-teacher": ("cli.choose_teacher", "choose_teacher", "rank candidate teachers by their responses"),
     "generate": ("cli.generate", "generate_responses", "write a model's responses to the prompts of a file"),
+    "compare": ("cli.compare", "compare_runs", "compare runs record by record, from the files of RecordResults"),
+    "prune": ("cli.prune", "prune_model", "make a smaller student out of a model: some of its layers"),
     "export": ("cli.export", "export_checkpoint", "turn a checkpoint into a Hugging Face folder"),
 }
+# command -> the argument that may stand without its name
+POSITIONAL = {"compare": "runs"}
 STAGES = {
     "fit": "train",
     "validate": "evaluate on the validation data",
@@ -71,6 +75,9 @@ def _command(name: str, args: list[str]) -> int:
     from jsonargparse import auto_cli
 
     module, function, _ = COMMANDS[name]
+    if name in POSITIONAL:
+        first = next((place for place, arg in enumerate(args) if arg.startswith("-")), len(args))
+        args = [f"--{POSITIONAL[name]}+={value}" for value in args[:first]] + args[first:]
     command = _without_nulls(getattr(import_module(f"lightning_itk.{module}"), function))
     try:
         result = auto_cli(command, args=args, prog=f"lightning-itk {name}", exit_on_error=False, as_positional=False)

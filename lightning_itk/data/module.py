@@ -138,6 +138,11 @@ class InstructionDataModule(L.LightningDataModule):
         """A hash of the training records in their order, the same for every tokenizer."""
         return self._set("train").fingerprint
 
+    def held_out_fingerprint(self, stage: str) -> str:
+        """The same of the records that `val` or `test` looks at, or that these are taken from."""
+        name = "test" if stage == "test" and self.sources["test"] else "validation"
+        return self._set("train" if name == "validation" and self.validation_share else name).fingerprint
+
     @property
     def teachers(self) -> tuple[str, ...]:
         """Teacher tags of the training data, in order of appearance."""

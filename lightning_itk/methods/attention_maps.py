@@ -15,6 +15,7 @@ from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.batch import IGNORE_INDEX, Batch, cu_seqlens, is_packed, next_token_labels, real_tokens
 from lightning_itk.losses.implementation import Impl, resolve_impl
 from lightning_itk.methods.teacher import SoftTargets, Teacher
+from lightning_itk.models.pruning import original_layers
 
 
 @dataclass
@@ -24,7 +25,8 @@ class AttentionLoss:
     Args:
         weight: Its weight in the loss (the paper's value is 1).
         layers: "all", "every:n", student layers, or a map from student layers to teacher layers. Without a map,
-            student layer l answers to teacher layer round((l + 1) * teacher layers / student layers) - 1.
+            student layer l answers to teacher layer round((l + 1) * teacher layers / student layers) - 1, or, in a
+            student that `prune` made of a model of the teacher's depth, to the layer that it was there.
         head_map: Teacher head, or heads, of each student head. null pairs consecutive groups.
         kind: forward = KL(teacher || student), reverse = KL(student || teacher).
         temperature: Divides the scores of both models.
@@ -64,7 +66,8 @@ class AttentionDistiller:
                     f"attention loss: teacher {name!r} has {depth} layers and the student {self.student.num_layers}; "
                     "say in attention.layers which answer to which"
                 )
-            pairs = layer_map(self.student.num_layers, depth, loss.layers)
+            original = original_layers(self.student.model.config, depth)
+            pairs = layer_map(self.student.num_layers, depth, loss.layers, original)
             self.layers[name] = pairs
             tap = teacher.watch(sorted(set(pairs.values())))
             for mine, theirs in pairs.items():

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from lightning_itk.batch import Batch, ResponseRows, response_rows
 from lightning_itk.losses.chunked import Head, linear_token_scores
 from lightning_itk.losses.divergence import Divergence, Kind
+from lightning_itk.losses.per_token import linear_token_divergence
 from lightning_itk.losses.token import LossParts, linear_kl_parts
 from lightning_itk.methods.attention_maps import AttentionDistiller, AttentionLoss
 from lightning_itk.methods.module import InstructionModule
-from lightning_itk.methods.step import ForwardPass, Term
+from lightning_itk.methods.step import ForwardPass, Term, TokenFigure
 from lightning_itk.methods.teacher import SoftTargets, Teacher
 from lightning_itk.models.hidden import HiddenStates
 from lightning_itk.models.loading import DType
@@ -198,6 +199,25 @@ class DistillationModule(InstructionModule):
                 count = torch.full((), targets.numel(), device=states.device)
             figures[f"teacher_response_loss{_suffix(name)}"] = Term(loss, elements=count)
             figures[f"teacher_agreement{_suffix(name)}"] = Term(agreement, elements=count)
+        return figures
+
+    def evaluate_tokens(self, batch: Batch) -> dict[str, TokenFigure]:
+        """Beside the student's own: by teacher the divergence, as it is trained, its loss, and the agreement."""
+        run = self.forward_pass(batch)
+        assert isinstance(run, DistillationPass)
+        figures = super().evaluate_tokens(batch)
+        how = Divergence(self.kind, self.beta, self.temperature)
+        for name, own in run.targets.items():
+            samples = batch["sample_ids"].flatten()[own.student_rows]
+            states = run.student.states.flatten(0, 1)[own.student_rows]
+            student = linear_token_scores(states, run.student.head, own.rows.targets)
+            teacher = linear_token_scores(own.states, own.teacher.head, own.rows.targets)
+            found = {
+                "kl": linear_token_divergence(states, run.student.head, own.states, own.teacher.head, how),
+                "teacher_response_loss": teacher.nll,
+                "teacher_agreement": student.top1 == teacher.top1,
+            }
+            figures |= {f"{figure}{_suffix(name)}": TokenFigure(samples, v) for figure, v in found.items()}
         return figures
 
 

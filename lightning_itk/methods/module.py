@@ -29,7 +29,7 @@ from lightning_itk.methods.finite import FiniteGuard, NonFinite
 from lightning_itk.methods.normalisation import StepSums, loss_scale, scale_gradients
 from lightning_itk.methods.resume import ResumePoint
 from lightning_itk.methods.schedule import schedule
-from lightning_itk.methods.step import ForwardPass, Term, on_a_pass, weighted_sum
+from lightning_itk.methods.step import ForwardPass, Term, TokenFigure, on_a_pass, weighted_sum
 from lightning_itk.models.checkpoint import plain_hparams
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
@@ -112,7 +112,7 @@ class InstructionModule(L.LightningModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for hook in {"losses", "evaluate"} & vars(cls).keys():
+        for hook in {"losses", "evaluate", "evaluate_tokens"} & vars(cls).keys():
             setattr(cls, hook, on_a_pass(vars(cls)[hook]))
 
     # What subclasses use and override
@@ -126,6 +126,14 @@ class InstructionModule(L.LightningModule):
         hidden, head, targets = self.response_states(batch)
         scores = linear_token_scores(hidden, head, targets, max_scratch_bytes=self.max_scratch_bytes)
         return {"response_loss": Term(scores.nll.sum()), "token_accuracy": Term((scores.top1 == targets).sum())}
+
+    def evaluate_tokens(self, batch: Batch) -> dict[str, TokenFigure]:
+        """Named figures of every response token, for `RecordResults`; `response_loss` covers all of them."""
+        hidden, head, targets = self.response_states(batch)
+        samples = batch["sample_ids"].flatten()[self.forward_pass(batch).rows.places]
+        scores = linear_token_scores(hidden, head, targets)
+        figures = {"response_loss": scores.nll, "token_accuracy": scores.top1 == targets}
+        return {name: TokenFigure(samples, values) for name, values in figures.items()}
 
     def models(self) -> Iterable[torch.nn.Module]:
         """Every language model of this module: what FSDP2 shards."""
@@ -176,11 +184,11 @@ class InstructionModule(L.LightningModule):
             self._loss_scale = loss_scale(self.parameters(), targets, self.trainer.strategy)
         return total * self._loss_scale
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        return self._evaluation_step(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> Batch:
+        return self._evaluation_step(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[int, str]]:
         """The student's greedy answers to prompts: (sample id, text), padding left out."""
@@ -195,13 +203,14 @@ class InstructionModule(L.LightningModule):
         samples = batch["sample_ids"].amax(1).tolist()
         return [(sample, answer.text) for sample, answer in zip(samples, answers, strict=True) if sample >= 0]
 
-    def _evaluation_step(self, batch: Batch, stage: str) -> None:
+    def _evaluation_step(self, batch: Batch, stage: str) -> Batch:
         batch = cast(Batch, self.forward_pass(batch))
         terms, targets = self.losses(batch), count_targets(batch)
         loss, own = Term(weighted_sum(terms)), self.evaluate(batch)
         if twice := own.keys() & {*terms, "loss"}:
             raise ValueError(f"{', '.join(sorted(twice))}: a term of the loss and a figure of evaluate need two names")
         self._figures.add(stage, {**terms, "loss": loss, **own}, targets)
+        return batch  # callbacks see what the models made of it
 
     def lay_out(self, batch: Batch) -> Batch:
         """The layout this student can run: flash kernels want packed samples in a single row."""

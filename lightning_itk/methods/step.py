@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_itk.batch import Batch, ResponseRows
@@ -26,6 +26,13 @@ class Term(NamedTuple):
     elements: Tensor | None = None
 
 
+class TokenFigure(NamedTuple):
+    """One number of each of n response tokens, and whose they are."""
+
+    samples: Int[Tensor, " n"]  # record numbers, `Batch["sample_ids"]`
+    values: Float[Tensor, " n"]
+
+
 class ForwardPass(dict[str, Any]):
     """A batch and what the models made of it: made once in a step and handed on, never remembered.
 
@@ -37,11 +44,11 @@ class ForwardPass(dict[str, Any]):
         self.rows, self.student = rows, student
 
 
-def on_a_pass(hook: Callable[[Any, Batch], dict[str, Term]]) -> Callable[[Any, Batch], dict[str, Term]]:
+def on_a_pass(hook: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
     """A hook whose batch is a pass, whoever calls it: all that it calls in turn shares that pass."""
 
     @wraps(hook)
-    def wrapped(self: Any, batch: Batch) -> dict[str, Term]:
+    def wrapped(self: Any, batch: Batch) -> Any:
         return hook(self, cast(Batch, self.forward_pass(batch)))
 
     return wrapped

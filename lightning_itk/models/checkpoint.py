@@ -46,9 +46,9 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, optimizers: bool = True) -> dict[str, Any]:
     """What a checkpoint holds, as tensors and plain values; no code in it runs. Tensors of a file stay on disk until
-    they are used, those of a folder are read.
+    they are used, those of a folder are read; without `optimizers` those of optimizers are not.
 
     Raises:
         ValueError: no such file, or none that a training run of this kit wrote whole.
@@ -57,7 +57,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such checkpoint")
     try:
         if Path(path).is_dir():
-            content = read_sharded(path)
+            content = read_sharded(path, optimizers=optimizers)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a reader of damaged bytes may trip over anything

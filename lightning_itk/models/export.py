@@ -4,16 +4,19 @@ import copy
 import json
 import shutil
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_itk.files import take_place
 from lightning_itk.models.checkpoint import read_checkpoint
+from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
 
 _MANIFEST = "itk_export.json"  # which files of a folder an export wrote
@@ -43,14 +46,14 @@ def export(
     """
     sharded = any(isinstance(module, FSDPModule) for module in student.modules())
     state = None
-    if sharded:
-        if hasattr(student, "merge_and_unload"):
-            raise ValueError("adapters of a sharded student cannot be merged; run `lightning-itk export` afterwards")
+    if sharded and hasattr(student, "merge_and_unload"):
+        student = _gathered(student)
+    elif sharded:
         state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not write:
         return
     if hasattr(student, "merge_and_unload"):
-        student = copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]
+        student = (student if sharded else copy.deepcopy(student)).merge_and_unload()  # type: ignore[operator]
     assert isinstance(student, PreTrainedModel)
     if dtype != "auto":
         wanted = getattr(torch, dtype)
@@ -79,6 +82,27 @@ def export(
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{folder}: cannot be written: {reason}") from error
         raise
+
+
+def _gathered(student: torch.nn.Module) -> torch.nn.Module:
+    """A sharded student with its adapters as one model on rank 0, without weights on the others. On all ranks."""
+    from peft import get_peft_model
+
+    base = base_causal_lm(student)
+    with torch.device("meta"):
+        whole = type(base)(copy.deepcopy(base.config))
+        whole.generation_config = copy.deepcopy(base.generation_config)
+        twin = get_peft_model(whole, student.peft_config["default"])  # type: ignore[index, arg-type]
+    tensors = {}
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for name, tensor in chain(student.named_parameters(), student.named_buffers()):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if first:
+            tensors[name] = tensor.detach().cpu()
+    if first:
+        twin.load_state_dict(tensors, strict=False, assign=True)
+        whole.tie_weights()
+    return twin
 
 
 def check_replaceable(folder: Path) -> None:
@@ -119,7 +143,7 @@ def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_c
     Raises:
         ValueError: no such file, no checkpoint of this kit, or weights that do not fit the student.
     """
-    content = read_checkpoint(ckpt)
+    content = read_checkpoint(ckpt, optimizers=False)
     hparams, state, step = content["hyper_parameters"], content["state_dict"], int(content["global_step"])
     weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
     if not weights:

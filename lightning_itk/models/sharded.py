@@ -71,10 +71,10 @@ def check_sharded(folder: str | Path) -> Metadata:
     return metadata
 
 
-def read_sharded(folder: str | Path) -> dict[str, Any]:
+def read_sharded(folder: str | Path, *, optimizers: bool = True) -> dict[str, Any]:
     """A checkpoint folder as one checkpoint, as a single process would have written it.
 
-    The whole of it is read into this process's memory.
+    It is read into this process's memory, the optimizers' states (twice the weights) only where they are asked for.
 
     Raises:
         ValueError: see `check_sharded`.
@@ -82,6 +82,8 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
     metadata = check_sharded(folder)
     flat: dict[str, Any] = {}
     for name, stored in metadata.state_dict_metadata.items():
+        if not optimizers and metadata.planner_data[name][0] != "state_dict":
+            continue
         flat[name] = None
         if isinstance(stored, TensorStorageMetadata):
             flat[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -97,6 +99,8 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
         place[last] = value
     checkpoint = torch.load(Path(folder) / _EXTRA, map_location="cpu", weights_only=True)
     checkpoint["state_dict"] = content.pop("state_dict")
+    if not optimizers:
+        return checkpoint
     checkpoint["optimizer_states"] = [_numbered(content[f"optimizer_{number}"]) for number in range(len(content))]
     return checkpoint
 

@@ -481,3 +481,20 @@ def test_bad_shapes() -> None:
     q_s, k_s, q_t, k_t = inputs()
     with pytest.raises(ValueError, match="same tokens"):
         attention_kl(q_s, k_s, q_t[:, :, :-1], k_t[:, :, :-1])
+
+
+@pytest.mark.parametrize(
+    ("lse", "message"),
+    [
+        ({"lse_student": torch.zeros(1, 4, 9)}, "come together"),
+        (
+            {"lse_student": torch.zeros(1, 4, 9), "lse_teacher": torch.zeros(1, 2, 9)},
+            r"lse_teacher must be fp32 \[1, 4",
+        ),
+        ({"lse_student": torch.zeros(1, 4, 9).half(), "lse_teacher": torch.zeros(1, 4, 9)}, "lse_student must be fp32"),
+    ],
+)
+def test_log_sum_exps_that_do_not_fit(lse, message):
+    q, k = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
+    with pytest.raises(ValueError, match=message):
+        attention_kl(q, k, q, k, **lse)

@@ -93,7 +93,18 @@ def test_fit_validate_test_and_export_work_end_to_end(here, capsys, model_folder
 def test_help_lists_every_command_and_the_modules_arguments(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for name in ("fit", "validate", "test", "predict", "quickstart", "select", "choose-teacher", "export", "generate"):
+    for name in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "quickstart",
+        "select",
+        "prune",
+        "choose-teacher",
+        "export",
+        "generate",
+    ):
         assert name in out
     code, out, _ = run(capsys, "fit", "--model.help", "lightning_itk.KDModule")
     assert code == 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+import lightning_itk.attention.kl as front
 from lightning_itk.kernels.attention import attention_backward, attention_kl, attention_loss, segments
 from lightning_itk.kernels.launch import INTERPRET
 
@@ -219,6 +220,29 @@ def test_log_sum_exps_from_the_caller(heads):
     lse = {"lse_student": lse_s, "lse_teacher": lse_t}
     check(tensors, options | mask | {"row_mask": answers()}, lse=lse)
     check(tensors, options | mask, lse=lse)
+
+
+@inside
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+@pytest.mark.parametrize("mask", [{}, {"cu_seqlens": PACKED}, {"causal": False}], ids=str)
+def test_log_sum_exps_through_the_front_door(kind, mask, monkeypatch):
+    """The public function in Triton, with and without them, and in torch, which makes its own."""
+    tensors, options = problem(heads=(2, 1, 4, 2))
+    options |= mask | {"kind": kind, "temperature": 2.0}
+    seen = visibility(2, 50, **mask)
+    student, teacher = (log_map(*tensors[n : n + 2], seen, options[f"scale_{who}"], None, 2.0)[1]
+                        for n, who in ((0, "student"), (2, "teacher")))  # fmt: skip
+    lse = {"lse_student": student, "lse_teacher": teacher}
+    found = []
+    for impl, more in (("torch", {}), ("torch", lse), ("triton", {}), ("triton", lse)):
+        monkeypatch.setattr(front, "resolve_impl", lambda *args, impl=impl, **rest: impl)
+        q, k = (x.detach().clone().requires_grad_() for x in tensors[:2])
+        value = front.attention_kl(q, k, *tensors[2:], **options, **more)
+        (value * 1.7).backward()
+        found.append((value.detach(), q.grad, k.grad))
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @inside

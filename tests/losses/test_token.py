@@ -18,8 +18,9 @@ from lightning_itk.losses import (
     linear_loss,
 )
 from lightning_itk.losses.chunked import Head, linear_token_scores
-from lightning_itk.losses.divergence import divergence_and_gradient, divergence_rows, log_probabilities
+from lightning_itk.losses.divergence import Divergence, divergence_and_gradient, divergence_rows, log_probabilities
 from lightning_itk.losses.implementation import resolve_impl
+from lightning_itk.losses.per_token import linear_token_divergence
 
 UPSTREAM = 0.37
 KINDS = ["forward", "reverse", "jsd"]
@@ -453,3 +454,19 @@ def test_labels_of_any_whole_type_and_a_single_row():
         assert call(y.int()) == call(y)
     assert cross_entropy((x @ w.T)[0], y[0]) == cross_entropy((x @ w.T)[:1], y[:1])
     assert kl_divergence(x[0], x[1]) == kl_divergence(x[:1], x[1:2])
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_the_divergence_of_each_token(kind):
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(23, 8, generator=generator), torch.randn(23, 12, generator=generator)]
+    heads = [torch.randn(50, 8, generator=generator), torch.randn(61, 12, generator=generator)]
+    how = Divergence(kind, beta=0.3, temperature=2.0)
+    found = linear_token_divergence(states[0], heads[0], states[1], heads[1], how)
+    logits = [(s @ h.T)[:, :50].double() for s, h in zip(states, heads, strict=True)]
+    torch.testing.assert_close(found.double(), divergence_rows(*logits, kind, 0.3, 2.0), rtol=1e-5, atol=1e-6)
+    total = linear_kl_divergence(states[0], heads[0], states[1], heads[1], kind=kind, beta=0.3, temperature=2.0)
+    torch.testing.assert_close(found.sum(), total, rtol=1e-5, atol=1e-5)
+    assert linear_token_divergence(states[0][:0], heads[0], states[1][:0], heads[1]).shape == (0,)
+    with pytest.raises(ValueError, match="23 rows of the student and 22"):
+        linear_token_divergence(states[0], heads[0], states[1][:22], heads[1])

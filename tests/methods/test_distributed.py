@@ -13,6 +13,8 @@ from processes import run_ranks
 from tiny import QUIET, tiny_model
 from transformers import AutoModelForCausalLM
 
+from lightning_itk import cli
+
 pytestmark = pytest.mark.process
 
 
@@ -69,6 +71,22 @@ def fit(setup: str, data: str, folder, name: str, **options) -> torch.Tensor:
     result = torch.load(folder / f"{name}.pt", weights_only=True)
     assert result["step"] == 12
     return result["weights"]
+
+
+def test_adapters_leave_a_sharded_run_as_merged_weights(tmp_path, model_folder):
+    """By HFExport while all ranks are there, and by `export` from the checkpoint folder."""
+    student = model_folder("llama")
+    for strategy in ("ddp", "fsdp2"):
+        run_ranks(ranks.adapters, student, strategy, tmp_path / strategy)
+    merged = [tmp_path / "ddp" / "export" / "last", tmp_path / "fsdp2" / "export" / "last"]
+    assert (tmp_path / "fsdp2" / "trained.ckpt").is_dir()
+    assert cli.main(["export", "--ckpt", f"{tmp_path}/fsdp2/trained.ckpt", "--output", f"{tmp_path}/out"]) == 0
+    before, *found = (dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+                      for folder in (student, *merged, tmp_path / "out"))  # fmt: skip
+    for name, weight in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
+    assert any((found[0][name] - weight).abs().max() > 1e-3 for name, weight in before.items())
 
 
 @pytest.mark.parametrize(("strategy", "method"), [("ddp", "sft"), ("fsdp2", "sft"), ("fsdp2", "kd")])

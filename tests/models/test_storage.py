@@ -80,6 +80,9 @@ class Evil:
 def test_a_folder_is_read_as_one_checkpoint(sharded, model_folder, tmp_path):
     folder, weights = sharded
     content = read_checkpoint(folder)
+    light = read_checkpoint(folder, optimizers=False)
+    assert "optimizer_states" not in light
+    assert light["state_dict"].keys() == content["state_dict"].keys()
     assert content["global_step"] == 12
     assert torch.cat([t.flatten() for t in content["state_dict"].values()]).equal(weights)
     assert {*content["optimizer_states"][0]["state"]} == set(range(len(content["state_dict"])))
