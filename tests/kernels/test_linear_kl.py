@@ -1,6 +1,5 @@
 """Linear KL and cross-entropy in the Triton interpreter against fp64 autograd on materialised logits."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -13,13 +12,11 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from lightning_itk import losses
-from lightning_itk.kernels import linear_chunks, linear_eval, linear_kl
+from lightning_itk.kernels import linear_kl
 from lightning_itk.kernels.chunks import plan_chunks
-from lightning_itk.kernels.gemm import matmul
 from lightning_itk.kernels.launch import INTERPRET
 from lightning_itk.kernels.linear_chunks import scaled
-from lightning_itk.kernels.linear_kl import linear_cross_entropy, linear_kl_divergence, linear_loss
+from lightning_itk.kernels.linear_kl import linear_cross_entropy, linear_kl_divergence
 
 pytestmark = pytest.mark.interpret
 inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
@@ -158,47 +155,6 @@ def test_chunks_accumulate_the_weight_gradient():
     )
 
 
-def test_chunks_of_the_worked_example():
-    """The numbers in the docstring of ChunkPlan."""
-    sizes = {"n": 8192, "v": 128_256, "itemsize": 2, "teacher": True, "max_scratch_bytes": 2 << 30}
-
-    def chunks(**head) -> tuple[list[list[int]], int]:  # type: ignore[no-untyped-def]
-        rows, columns, kept = plan_chunks(**sizes, **head)
-        assert columns == 128_256
-        groups = [min(kept, 8192 - first) for first in range(0, 8192, kept)]
-        return [[min(rows, group - start) for start in range(0, group, rows)] for group in groups], kept
-
-    assert chunks(width=4096, trains_head=True) == ([[2048] * 4], 8192)
-    assert chunks(width=2048, trains_head=True) == ([[1024] * 4] * 2, 4096)
-    for width in (2048, 4096):
-        assert chunks(width=width, trains_head=False) == ([[1664]] * 4 + [[1536]], 1664)
-    assert chunks(width=2048, trains_head=False, gradients=False)[0] == [[2048]] * 4
-
-
-@pytest.mark.parametrize("scratch", [1, 1 << 20, 600 << 20, 2 << 30])
-@pytest.mark.parametrize("n", [1, 128, 1000, 5000, 8192])
-def test_chunks_fit_their_bound(n, scratch):
-    for v, width, itemsize, teacher, trains, gradients in itertools.product(
-        (10, 50257, 151_936), (8, 896, 4096), (2, 4), (False, True), (False, True), (False, True)
-    ):
-        trains = trains and gradients
-        options = {"teacher": teacher, "trains_head": trains, "max_scratch_bytes": scratch, "gradients": gradients}
-        rows, columns, kept = plan_chunks(n, v, width, itemsize, **options)
-        assert columns % 16 == 0
-        assert v <= columns < v + 16
-        assert 0 < rows <= kept <= n
-        assert rows == kept or rows % 128 == 0
-        assert kept == n or kept % 128 == 0
-        assert trains or kept == rows
-        dlogits = kept * columns * itemsize if gradients else 0
-        if trains and kept == n and dlogits <= v * width * 4:
-            dlogits = 0  # on top, in place of the accumulator
-        if kept > 128:
-            assert dlogits <= max(scratch // 2, 0 if trains else scratch)
-        if rows > 128:
-            assert rows * columns * (8 if teacher else 4) + dlogits <= scratch
-
-
 @inside
 def test_all_rows_ignored():
     h = heads(n=3)
@@ -289,85 +245,6 @@ def test_second_backward_is_an_error():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@inside
-def test_registered_operator_and_compile():
-    h = heads(n=3)
-    hidden, weight = (x.clone().requires_grad_() for x in h[:2])
-    numbers = (1.0, 1.0, None, None, 0.5, 2.0, 0.5, 1.0)
-    for wanted in ((True, True, False), (True, False, False), (False, False, False)):
-        leaves = [x if want else x.detach() for x, want in zip((hidden, weight), wanted, strict=False)]
-        arguments = (*leaves, None, *h[2:], None, torch.tensor([1, -100, 2]), "forward", *numbers, *wanted)
-        torch.library.opcheck(linear_loss, (*arguments, True, 1 << 20))
-    compiled = torch.compile(
-        lambda a, b: 2 * linear_kl_divergence(a, b, *h[2:], temperature=2.0)[0], backend="aot_eager", fullgraph=True
-    )
-    found = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
-    eager = torch.autograd.grad(2 * linear_kl_divergence(hidden, weight, *h[2:], temperature=2.0)[0], (hidden, weight))
-    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
-
-
-@inside
-@pytest.mark.parametrize("loss", ["kl", "ce"])
-def test_public_losses_are_one_graph(loss):
-    """Ignored rows are dropped inside the operator; the second length makes lengths dynamic."""
-
-    def call(hidden, weight, teacher_hidden, teacher_weight, labels):  # type: ignore[no-untyped-def]
-        with torch.autocast("cpu", dtype=torch.float16):
-            if loss == "ce":
-                return 3 * losses.linear_cross_entropy(hidden, weight, labels, impl="triton")
-            models = hidden * 1.5, weight, teacher_hidden, teacher_weight
-            return 3 * losses.linear_kl_divergence(*models, labels, kind="jsd", ce_weight=0.3, impl="triton")
-
-    torch.compiler.reset()
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for n in (3, 5, 6):
-        h, labels = heads(n=n), torch.tensor([4, -100, 0, 74, -100, 2])[:n]
-        leaves = [x.requires_grad_() for x in h[:2]]
-        expected, found = call(*h, labels), compiled(*h, labels)
-        assert found.equal(expected)
-        for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (found, expected)), strict=True):
-            torch.testing.assert_close(a, b)
-
-
-@inside
-def test_ignored_rows_cost_no_product(monkeypatch):
-    h, labels = heads(n=6), torch.tensor([-100, 3, -100, -100, 74, -100])
-    leaves, results, rows = [x.requires_grad_() for x in h[:2]], [], []
-    monkeypatch.setattr(linear_chunks, "matmul", lambda a, *rest, **how: rows.append(len(a)) or matmul(a, *rest, **how))
-    for drop in (False, True):
-        rows.clear()
-        loss, ce, kl = linear_kl_divergence(*h, labels, ce_weight=0.5, drop_ignored=drop)
-        assert rows[0] == (2 if drop else 6)
-        results.append([loss, ce, kl, *torch.autograd.grad(2 * loss, leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def on_a(arch, monkeypatch, kind, n, width, v=128_256, dtype=torch.bfloat16):  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(linear_eval, "architecture", lambda device: arch)
-    model = (torch.empty(n, width, dtype=dtype, device="meta"), torch.empty(v, width, dtype=dtype, device="meta"), None)
-    return linear_eval.fused_is_faster(model, None if kind == "none" else model, v=v, kind=kind)
-
-
-def test_evaluation_takes_the_fused_head_where_logits_are_the_larger_part(monkeypatch):
-    """The figures in README.md: the largest H of both models, in steps of 32, that the fused head is chosen for."""
-    largest = {
-        (kind, n): max((w for w in range(32, 8192, 32) if on_a("sm_90", monkeypatch, kind, n, w)), default=0)
-        for kind in ("forward", "jsd", "none")
-        for n in (128, 8192)
-    }
-    assert largest == {
-        ("forward", 128): 640,
-        ("forward", 8192): 480,
-        ("jsd", 128): 96,
-        ("jsd", 8192): 96,
-        ("none", 128): 288,
-        ("none", 8192): 256,
-    }
-    assert on_a("sm_90", monkeypatch, "forward", 8192, 4096, dtype=torch.float32)
-    assert not on_a("gfx942", monkeypatch, "forward", 8192, 4096, dtype=torch.float32)
 
 
 @inside
