@@ -69,11 +69,10 @@ def attention_kl(
             divides the other. Several teacher heads per student head: the mean of the pairwise divergences.
         softcap_student: scores become cap * tanh(scores / cap) before the masks (Gemma 2).
         softcap_teacher: the same for the teacher.
-        lse_student: fp32, the natural log of the sum over the visible keys of exp(score / temperature), scores scaled and
-            capped: what flash attention returns beside its output, at temperature 1 and under the same masks. Given for
-            both models it saves Triton a sweep over the scores where a gradient of kind "forward" is wanted; it is
-            believed, so one of other scores gives another loss. Torch makes its own. -inf, and anything where a row does
-            not count or sees no key, drops the row.
+        lse_student: fp32, the natural log of the sum over the visible keys of exp(score / temperature), scores scaled
+            and capped: what flash attention returns beside its output, at temperature 1 and under the same masks. Given
+            for both models it saves Triton a sweep over the scores where a gradient of kind "forward" is wanted. It is
+            believed: one of other scores gives another loss. -inf drops a row. Torch makes its own.
         lse_teacher: the same for the teacher.
         impl: "triton", "torch", or "auto": Triton on a GPU that supports it, torch elsewhere.
 
