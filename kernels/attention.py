@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .attention_forward import EMPTY
 from .attention_problem import Problem, forward, key_gradient, query_gradient
-from .launch import LOG2E, attention_refusal
+from .launch import LOG2E, attention_refusal, eager
 
 
 def attention_kl(
@@ -85,7 +85,8 @@ def attention_kl(
     if lse_student is not None and lse_teacher is not None:
         given = (_log2(lse_student, row_mask), _log2(lse_teacher[:, head_map], row_mask))
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (q_s, k_s)]
-    return attention_loss(
+    run = _AttentionLoss.apply if eager(q_s) else attention_loss
+    return run(
         q_s, k_s, q_t, k_t,
         head_map.to(torch.int32).contiguous(),
         None if cu_seqlens is None else segments(cu_seqlens.to(q_s.device), batch, length),
@@ -157,8 +158,7 @@ LOSS = f"({OPERANDS}, Tensor? lse_s, Tensor? lse_t, {OPTIONS}) -> (Tensor, Tenso
 BACKWARD = f"(Tensor upstream, {OPERANDS}, Tensor kl, Tensor lse_s, Tensor lse_t, {OPTIONS}) -> (Tensor, Tensor)"
 
 
-@torch.library.custom_op("lightning_itk::attention_loss", mutates_args=(), schema=LOSS)
-def attention_loss(*arguments):  # type: ignore[no-untyped-def]
+def _attention_loss(*arguments):  # type: ignore[no-untyped-def]
     """Loss, KL rows, lse_s, lse_t, and dq for upstream 1 if the caller's log-sum-exps made it free (else empty)."""
     *operands, lse_s, lse_t = arguments[:10]
     p = Problem(*operands, *arguments[10:-2])
@@ -173,6 +173,9 @@ def attention_loss(*arguments):  # type: ignore[no-untyped-def]
     return kl.sum() / q_s.shape[1], kl, lse_s, lse_t, dq
 
 
+attention_loss = torch.library.custom_op("lightning_itk::attention_loss", _attention_loss, mutates_args=(), schema=LOSS)
+
+
 @attention_loss.register_fake
 def _(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, lse_s, *rest):  # type: ignore[no-untyped-def]
     batch, heads, length = q_s.shape[:3]
@@ -182,8 +185,7 @@ def _(q_s, k_s, q_t, k_t, head_map, spans, key_mask, row_mask, lse_s, *rest):  #
     return kl.new_empty(()), kl, torch.empty_like(kl), lse_t, dq
 
 
-@torch.library.custom_op("lightning_itk::attention_backward", mutates_args=(), schema=BACKWARD)
-def attention_backward(upstream, *arguments):  # type: ignore[no-untyped-def]
+def _attention_backward(upstream, *arguments):  # type: ignore[no-untyped-def]
     """dq and dk (empty where not wanted)."""
     *operands, kl, lse_s, lse_t = arguments[:11]
     *options, want_q, want_k = arguments[11:]
@@ -191,6 +193,11 @@ def attention_backward(upstream, *arguments):  # type: ignore[no-untyped-def]
     dq = query_gradient(p, kl, lse_s, lse_t, upstream) if want_q else p.q_s.new_empty(0)
     dk = key_gradient(p, kl, lse_s, lse_t, upstream) if want_k else p.k_s.new_empty(0)
     return dq, dk
+
+
+attention_backward = torch.library.custom_op(
+    "lightning_itk::attention_backward", _attention_backward, mutates_args=(), schema=BACKWARD
+)
 
 
 @attention_backward.register_fake
@@ -208,15 +215,27 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:8], kl, lse_s, lse_t, dq)
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
     if upstream is None:
         return (None,) * 21
     *saved, ready = ctx.saved_tensors
     *options, want_q, want_k = ctx.options
-    dq, dk = attention_backward(upstream, *saved, *options, want_q and not ctx.has_dq, want_k)
+    run = _attention_backward if eager(upstream) else attention_backward
+    dq, dk = run(upstream, *saved, *options, want_q and not ctx.has_dq, want_k)
     if ctx.has_dq:
         dq = ready * upstream
     return (dq if want_q else None, dk if want_k else None, *(None,) * 19)
 
 
 attention_loss.register_autograd(_backward, setup_context=_setup)
+
+
+class _AttentionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _attention_loss(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)  # type: ignore[assignment]

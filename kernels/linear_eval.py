@@ -148,6 +148,41 @@ def linear_eval_kernel(
         tl.store(out_ptr + 6 * n, label_logit, mask=live)
 
 
+# What `fused_is_faster` reckons with: an H200's rates per second, and how near products come to the first.
+_FLOPS, _BYTES, _EXPONENTIALS = 790e12, 4.3e12, 3.7e12
+_CUBLAS = 0.9
+_FED = {128: 27 / 64, 64: 27 / 96}  # of a 128 x N tile: bytes per clock and SM that L2 gives, of those it needs
+
+
+def fused_is_faster(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+    *,
+    v: int,
+    kind: str,
+) -> bool:
+    """Whether `evaluate` should take less time than chunks of cuBLAS and the row kernel: a model, nothing measured.
+
+    Both are reckoned per word of the vocabulary; README.md has the formulas and what comes out. fp32 stays here on
+    NVIDIA: three TF32 products run on tensor cores, cuBLAS's fp32 does not.
+    """
+    (n, _), item = student[0].shape, student[0].element_size()
+    arch = architecture(student[0].device)
+    if n == 0 or (item == 4 and precision(arch, student[0].dtype) == "tf32x3"):
+        return True
+    models = [student] if teacher is None else [student, teacher]
+    width = sum(weight.shape[1] for _, weight, _ in models)
+    sweeps = 2 if kind == "jsd" else 1
+    reading = width * item / _BYTES  # the heads themselves, once
+    rows = triton.cdiv(n, 128) * 128
+    fed = _FED[64 if kind in ("jsd", "none") else 128]
+    fused = sweeps * max(2 * rows * width / (fed * _FLOPS), reading)
+    fused += n * len(models) * (1 + 3 * (sweeps - 1)) / _EXPONENTIALS
+    chunked = max(2 * n * width / (_CUBLAS * _FLOPS), reading)
+    chunked += n * len(models) * 4 * (1 + sweeps) / _BYTES  # fp32 logits are written once and read in every pass
+    return fused < chunked
+
+
 def evaluate(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None] | None,

@@ -141,5 +141,6 @@ def sample_tokens(module: InstructionModule, batch: Any) -> tuple[Tensor, Tensor
     """The sample and the negative log-likelihood of every response token of a batch."""
     rows = response_rows(batch)
     states, head = hidden_states(module.student, batch)
-    scores = linear_token_scores(states.flatten(0, 1)[rows.places], head, rows.targets)
+    states, bound = states.flatten(0, 1)[rows.places], module.max_scratch_bytes
+    scores = linear_token_scores(states, head, rows.targets, max_scratch_bytes=bound)
     return batch["sample_ids"].flatten()[rows.places], scores.nll

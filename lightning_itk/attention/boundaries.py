@@ -26,10 +26,10 @@ def check_boundaries(cu_seqlens: Int[Tensor, "segments+1"], tokens: int) -> None
             "attention_kl: cu_seqlens must be int32 or int64 of shape [segments + 1], found "
             f"{str(cu_seqlens.dtype).removeprefix('torch.')} {list(cu_seqlens.shape)}"
         )
-    expected = f"attention_kl: cu_seqlens must rise from 0 to {tokens}"
-    if torch.compiler.is_compiling():
-        torch._assert_async(_rise(cu_seqlens, tokens), expected)
+    if torch.compiler.is_compiling():  # a number in the message would make a graph for every length
+        torch._assert_async(_rise(cu_seqlens, tokens), "attention_kl: cu_seqlens must rise from 0 to B * S")
         return
+    expected = f"attention_kl: cu_seqlens must rise from 0 to {tokens}"
     # Inference tensors count no versions; nothing in a forward pass changes its boundaries.
     seen = (None if cu_seqlens.is_inference() else cu_seqlens._version, tokens)
     if _right.get(cu_seqlens) == seen:

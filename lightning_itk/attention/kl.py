@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_itk.attention.boundaries import check_boundaries
 from lightning_itk.attention.layer import LayerAttention, Masks
-from lightning_itk.attention.tiled import tiled_attention_kl
+from lightning_itk.attention.operators import tiled_attention_kl
 from lightning_itk.losses.implementation import Impl, resolve_impl
 
 Kind = Literal["forward", "reverse"]
@@ -130,7 +130,7 @@ def layer_attention_kl(
     index = None if head_map is None else _checked_head_map(head_map, student.q.shape[1], teacher.q.shape[1])
     student, teacher = replace(student, window=window), replace(teacher, q=teacher.q.detach(), k=teacher.k.detach())
     how: dict[str, Any] = {"kind": kind, "temperature": temperature, "head_map": index}
-    widest = max(student.q, teacher.q, key=torch.Tensor.element_size)
+    widest = student.q if student.q.element_size() >= teacher.q.element_size() else teacher.q
     if resolve_impl(impl, widest, head_dim=max(student.q.shape[-1], teacher.q.shape[-1])) == "triton":
         from lightning_itk.kernels.attention import attention_kl as triton_attention_kl
 
@@ -166,14 +166,19 @@ def _common_window(student: LayerAttention, teacher: LayerAttention) -> int | No
 
 
 def _checked_head_map(head_map: Tensor | list, student_heads: int, teacher_heads: int) -> Tensor:
-    index = torch.as_tensor(head_map).cpu()
+    compiling = torch.compiler.is_compiling()
+    index = torch.as_tensor(head_map)
+    index = index if compiling else index.cpu()
     index = index[:, None] if index.dim() == 1 else index
     if index.dim() != 2 or index.shape[0] != student_heads or index.shape[1] == 0 or index.is_floating_point():
         raise ValueError(
             f"head_map must hold integers [{student_heads}] or [{student_heads}, group], one row per student head; "
             f"found {index.dtype} {tuple(index.shape)}"
         )
-    if index.min() < 0 or index.max() >= teacher_heads:
+    fits = (index.min() >= 0) & (index.max() < teacher_heads)
+    if compiling:  # asserted on its device, as boundaries are
+        torch._assert_async(fits, f"head_map must name teacher heads 0..{teacher_heads - 1}")
+    elif not fits:
         raise ValueError(f"head_map must name teacher heads 0..{teacher_heads - 1}, found {index.tolist()}")
     return index.long()
 

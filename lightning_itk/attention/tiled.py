@@ -7,14 +7,12 @@ path, the oracle of the Triton kernel and the baseline of its benchmark. Shapes 
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lightning_itk.attention.layer import LayerAttention, Masks
+from lightning_itk.attention.layer import Masks
 from lightning_itk.losses.divergence import Kind, divergence_and_gradient
 
 TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 25}
@@ -45,7 +43,7 @@ def group_heads(student_heads: int, teacher_heads: int) -> Int[Tensor, "Hs G"]:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """How one model makes attention scores of its queries and keys."""
 
     scale: float
@@ -66,7 +64,7 @@ class _Scores:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What every query row sees: the keys first..last of its own row that the key mask keeps. All on the CPU."""
 
     first: Int[Tensor, "B S"]
@@ -76,8 +74,8 @@ class _Rows:
     segment: Int[Tensor, "B S"] | None  # which segment each token is in
 
     @classmethod
-    def of(cls, layer: LayerAttention, masks: Masks) -> "_Rows":
-        (b, _, s, _), (cu_seqlens, key_mask, row_mask) = layer.q.shape, masks
+    def of(cls, b: int, s: int, causal: bool, window: int | None, masks: Masks) -> "Rows":
+        cu_seqlens, key_mask, row_mask = masks
         position = torch.arange(s).expand(b, s)
         first, end, segment = torch.zeros(b, s, dtype=torch.long), torch.full((b, s), s), None
         if cu_seqlens is not None:
@@ -87,10 +85,10 @@ class _Rows:
             row_start = token[:, :1]
             first = (bounds[segment - 1] - row_start).clamp_min(0)
             end = (bounds[segment] - row_start).clamp_max(s)
-        if layer.causal:
+        if causal:
             end = position + 1
-        if layer.window is not None:
-            first = torch.maximum(first, position - layer.window + 1)
+        if window is not None:
+            first = torch.maximum(first, position - window + 1)
         keep = torch.ones(b, s, dtype=torch.bool) if row_mask is None else row_mask.cpu()
         if key_mask is not None:
             key_mask = key_mask.cpu()
@@ -177,84 +175,54 @@ def _tile_divergence(
     return divergence, gradient
 
 
-class _AttentionKL(torch.autograd.Function):
-    """Takes the gradient in the forward pass, while a tile is at hand: four products instead of six, and backward
-    needs neither the teacher's tensors nor the student's, only what it returns."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_s: Tensor,
-        k_s: Tensor,
-        q_t: Tensor,
-        k_t: Tensor,
-        student: _Scores,
-        teacher: _Scores,
-        rows: _Rows,
-        head_map: Tensor,
-        kind: Kind,
-        with_gradient: bool,
-    ) -> Tensor:
-        dtype = torch.float64 if q_s.dtype == torch.float64 else torch.float32
-        # fp16 would lose small gradients before the loss scale of backward reaches them.
-        stored = torch.float32 if q_s.dtype == torch.float16 else q_s.dtype
-        heads = q_s.shape[1]
-        total = torch.zeros((), dtype=dtype, device=q_s.device)
-        dq = torch.zeros_like(q_s, dtype=stored) if with_gradient else None
-        dk = torch.zeros_like(k_s, dtype=stored) if with_gradient else None
-        with torch.autocast(q_s.device.type, enabled=False):
-            for batch, tiles in rows.tiles(max(heads, q_t.shape[1]), q_s.device.type):
-                k_student, k_teacher = k_s[batch].to(dtype), k_t[batch].to(dtype)
-                dk_batch = torch.zeros_like(k_student)
-                for tile, keys in tiles:
-                    index = tile.to(q_s.device, non_blocking=True)
-                    hidden = ~rows.visible(batch, tile, keys, q_s.device)
-                    weight = rows.keep[batch][:, tile].to(q_s.device, dtype, non_blocking=True)[:, None, :] / heads
-                    q_rows = q_s[batch].index_select(2, index).to(dtype)
-                    q_teacher = q_t[batch].index_select(2, index).to(dtype)
-                    log_t = _log_softmax(teacher(q_teacher, k_teacher[:, :, keys])[0], hidden)
-                    scores, slope = student(q_rows, k_student[:, :, keys])
-                    log_s = _log_softmax(scores, hidden)
-                    divergence, gradient = _tile_divergence(log_s, log_t, head_map, kind, with_gradient)
-                    total += (divergence * weight).sum()
-                    if dq is None or gradient is None:
-                        continue
-                    if kind == "reverse":  # q * row there; forward's q - p is 0 by itself
-                        gradient.masked_fill_(hidden, 0.0)
-                    gradient *= weight[..., None] * (student.scale / student.temperature)
-                    if slope is not None:
-                        gradient *= slope
-                    gradient = gradient.view(*k_student.shape[:2], -1, keys.stop - keys.start)
-                    dq_rows = torch.matmul(gradient, k_student[:, :, keys]).view_as(q_rows)
-                    dq[batch].index_copy_(2, index, dq_rows.to(stored))
-                    q_grouped = q_rows.reshape(*k_student.shape[:2], -1, q_rows.shape[-1])
-                    dk_batch[:, :, keys] += torch.matmul(gradient.transpose(-1, -2), q_grouped)
-                if dk is not None:
-                    dk[batch] = dk_batch.to(stored)
-        if dq is not None and dk is not None:
-            ctx.save_for_backward(dq, dk)
-        ctx.dtype = q_s.dtype, k_s.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk = ctx.saved_tensors
-        return (dq * upstream).to(ctx.dtype[0]), (dk * upstream).to(ctx.dtype[1]), *([None] * 8)
-
-
-def tiled_attention_kl(
-    student: LayerAttention,
-    teacher: LayerAttention,
-    masks: Masks,
-    *,
+def losses_and_gradients(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    student: Scores,
+    teacher: Scores,
+    rows: Rows,
+    head_map: Tensor,
     kind: Kind,
-    temperature: float,
-    head_map: Tensor | None,
-) -> Tensor:
-    """`kl.layer_attention_kl` in plain torch, with everything resolved and checked."""
-    (q_s, k_s), (q_t, k_t) = ((layer.q, layer.k) for layer in (student, teacher))
-    head_map = group_heads(q_s.shape[1], q_t.shape[1]) if head_map is None else head_map
-    scores = (_Scores(layer.scaling, layer.softcap, temperature) for layer in (student, teacher))
-    with_gradient = torch.is_grad_enabled() and (q_s.requires_grad or k_s.requires_grad)
-    return _AttentionKL.apply(q_s, k_s, q_t, k_t, *scores, _Rows.of(student, masks), head_map, kind, with_gradient)
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and its gradients by q_s and k_s, while a tile is at hand: four products instead of six, and backward
+    needs neither the teacher's tensors nor the student's, only what this returns."""
+    dtype = torch.float64 if q_s.dtype == torch.float64 else torch.float32
+    # fp16 would lose small gradients before the loss scale of backward reaches them.
+    stored = torch.float32 if q_s.dtype == torch.float16 else q_s.dtype
+    heads = q_s.shape[1]
+    total = torch.zeros((), dtype=dtype, device=q_s.device)
+    dq = torch.zeros_like(q_s, dtype=stored) if with_gradient else None
+    dk = torch.zeros_like(k_s, dtype=stored) if with_gradient else None
+    with torch.autocast(q_s.device.type, enabled=False):
+        for batch, tiles in rows.tiles(max(heads, q_t.shape[1]), q_s.device.type):
+            k_student, k_teacher = k_s[batch].to(dtype), k_t[batch].to(dtype)
+            dk_batch = torch.zeros_like(k_student)
+            for tile, keys in tiles:
+                index = tile.to(q_s.device, non_blocking=True)
+                hidden = ~rows.visible(batch, tile, keys, q_s.device)
+                weight = rows.keep[batch][:, tile].to(q_s.device, dtype, non_blocking=True)[:, None, :] / heads
+                q_rows = q_s[batch].index_select(2, index).to(dtype)
+                q_teacher = q_t[batch].index_select(2, index).to(dtype)
+                log_t = _log_softmax(teacher(q_teacher, k_teacher[:, :, keys])[0], hidden)
+                scores, slope = student(q_rows, k_student[:, :, keys])
+                log_s = _log_softmax(scores, hidden)
+                divergence, gradient = _tile_divergence(log_s, log_t, head_map, kind, with_gradient)
+                total += (divergence * weight).sum()
+                if dq is None or gradient is None:
+                    continue
+                if kind == "reverse":  # q * row there; forward's q - p is 0 by itself
+                    gradient.masked_fill_(hidden, 0.0)
+                gradient *= weight[..., None] * (student.scale / student.temperature)
+                if slope is not None:
+                    gradient *= slope
+                gradient = gradient.view(*k_student.shape[:2], -1, keys.stop - keys.start)
+                dq_rows = torch.matmul(gradient, k_student[:, :, keys]).view_as(q_rows)
+                dq[batch].index_copy_(2, index, dq_rows.to(stored))
+                q_grouped = q_rows.reshape(*k_student.shape[:2], -1, q_rows.shape[-1])
+                dk_batch[:, :, keys] += torch.matmul(gradient.transpose(-1, -2), q_grouped)
+            if dk is not None:
+                dk[batch] = dk_batch.to(stored)
+    return total, dq, dk

@@ -13,6 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
+from lightning_itk.losses.head import Head as Head
+from lightning_itk.losses.head import product, unshape_gradient
+from lightning_itk.losses.head import project as project
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """fp32 logits of one chunk: 64 MiB, and 512 MiB on a GPU, where every chunk reads and writes the whole gradient of the
@@ -20,90 +23,33 @@ head. One such tensor per model lives at a time."""
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 """Logits that become losses and gradients together, a few such tensors at a time: so few that a CPU keeps them in its
 cache (1 MiB), so many that a GPU does not wait for launches."""
+_BLOCK_TENSORS = 8
+"""Tensors of a block that live at once where a loss, both distributions and their gradients are made of it."""
 
 
-class Head(NamedTuple):
-    """An output layer: logits = softcap * tanh(z / softcap) with z = scale * (hidden @ weight.T + bias)."""
-
-    weight: Float[Tensor, "V H"]
-    bias: Float[Tensor, " V"] | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @staticmethod
-    def of(head: "Tensor | Head") -> "Head":
-        head = head if isinstance(head, Head) else Head(head)
-        if head.weight.ndim != 2:
-            raise ValueError(f"a head must be [vocab, hidden], got {list(head.weight.shape)}")
-        return head
-
-    def detach(self) -> "Head":
-        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
-
-    def to(self, device: torch.device) -> "Head":
-        bias = None if self.bias is None else self.bias.to(device)
-        return self._replace(weight=self.weight.to(device), bias=bias)
-
-    def cut(self, vocab: int) -> "Head":
-        """The same head for the first `vocab` tokens."""
-        if vocab == self.weight.shape[0]:
-            return self
-        return self._replace(weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
-
-    def prepared(self, hidden: Tensor) -> "Head":
-        """The detached head in the dtype its matrix product will use for inputs like `hidden`."""
-        head, dtype = self.detach(), _matmul_dtype(hidden, self.weight)
-        return head._replace(weight=head.weight.to(dtype))
+def check_scratch(max_scratch_bytes: int | None) -> None:
+    """Refuse a bound on a loss's memory that is none."""
+    if max_scratch_bytes is not None and not max_scratch_bytes > 0:
+        raise ValueError(f"max_scratch_bytes must be positive (or None), got {max_scratch_bytes}")
 
 
-def chunk_rows(vocab: int, device: str = "cpu") -> int:
-    """Rows per chunk, so that its tensors have about CHUNK_ELEMENTS each whatever the vocabulary."""
-    return max(16, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab)
+def chunk_rows(vocab: int, device: str = "cpu", max_scratch_bytes: int | None = None, logit_bytes: int = 10) -> int:
+    """Rows per chunk, so that its tensors have about CHUNK_ELEMENTS each whatever the vocabulary.
+
+    Args:
+        max_scratch_bytes: of a call; chunks get three quarters of it, but always one row.
+        logit_bytes: what a chunk holds for each logit of the student, the teacher's own included.
+    """
+    rows = max(16, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab)
+    return rows if max_scratch_bytes is None else max(1, min(rows, max_scratch_bytes * 3 // 4 // (vocab * logit_bytes)))
 
 
-def _block_rows(vocab: int, device: str) -> int:
-    return max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"]) // vocab)
-
-
-def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    # Only CUDA multiplies half-precision inputs into fp32 outputs; elsewhere the inputs are widened.
-    return dtype if dtype == torch.float64 or device == "cuda" else torch.float32
-
-
-def project(hidden: Float[Tensor, "n H"], head: Head) -> Float[Tensor, "n V"]:
-    """Logits in fp32 (fp64 for fp64 inputs) of a `prepared` head."""
-    return _shape_logits(_product(hidden, head.weight), head)
-
-
-def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    hidden = hidden.to(weight.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if weight.dtype in (torch.bfloat16, torch.float16):
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return torch.mm(hidden, weight.t())
-
-
-def _shape_logits(logits: Tensor, head: Head) -> Tensor:
-    """In place."""
-    if head.bias is not None:
-        logits += head.bias.to(logits.dtype)
-    if head.scale != 1.0:
-        logits *= head.scale
-    if head.softcap is not None:
-        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits
-
-
-def _unshape_gradient(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
-    """The gradient by `hidden @ weight.T + bias` from the one by the logits, in place."""
-    if head.softcap is not None:
-        gradient *= 1 - (logits / head.softcap).square_()
-    return gradient.mul_(head.scale) if head.scale != 1.0 else gradient
+def _block_rows(vocab: int, device: str, max_scratch_bytes: int | None = None, itemsize: int = 4) -> int:
+    """Rows that become losses and gradients together; under a bound they get the quarter that chunks leave."""
+    rows = max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"]) // vocab)
+    if max_scratch_bytes is None:
+        return rows
+    return max(1, min(rows, max_scratch_bytes // 4 // (vocab * itemsize * _BLOCK_TENSORS)))
 
 
 class TokenScores(NamedTuple):
@@ -127,6 +73,7 @@ def linear_token_scores(
     labels: Int[Tensor, " N"],
     *,
     ranks: bool = False,
+    max_scratch_bytes: int | None = None,
 ) -> TokenScores:
     """Per-token loss, likeliest token and, if asked for, the label's rank, without holding the logits.
 
@@ -134,10 +81,12 @@ def linear_token_scores(
         hidden: the head's input.
         head: its weight, or a `Head` with bias, scale and soft-cap.
         labels: already aligned with the rows (shifted); -100 = none.
+        max_scratch_bytes: bounds the logits that are held at a time, and what is made of them.
 
     Raises:
-        ValueError: not one label for each row.
+        ValueError: not one label for each row, or a bound that is not positive.
     """
+    check_scratch(max_scratch_bytes)
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels have shape {list(labels.shape)} but there are {hidden.shape[0]} rows")
     head = Head.of(head).prepared(hidden)
@@ -145,7 +94,8 @@ def linear_token_scores(
     nll = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
     top1 = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     rank = torch.zeros_like(top1) if ranks else None
-    size = chunk_rows(head.weight.shape[0], hidden.device.type)
+    logit_bytes = 3 * wide.itemsize  # logits, their logarithms, and where a label's rank is counted
+    size = chunk_rows(head.weight.shape[0], hidden.device.type, max_scratch_bytes, logit_bytes)
     for start in range(0, hidden.shape[0], size):
         rows = slice(start, start + size)
         logits, label = project(hidden[rows], head), labels[rows]
@@ -178,6 +128,10 @@ def by_autograd(row_loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]) -> 
     return summed
 
 
+Wanted = tuple[bool, bool, bool]  # whether hidden, weight and bias get a gradient
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # theirs; None where not wanted
+
+
 def chunked_rows(
     row_loss: ChunkLoss,
     hidden: Float[Tensor, "N H"],
@@ -186,6 +140,7 @@ def chunked_rows(
     teacher_head: Head | None,
     labels: Tensor,
     parts: int = 1,
+    max_scratch_bytes: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " parts"]]:
     """Sum of `row_loss` over all rows, differentiable in `hidden`, `head.weight` and `head.bias`.
 
@@ -199,9 +154,8 @@ def chunked_rows(
     """
     weight, bias = (None, None) if head is None else (head.weight, head.bias)
     with_grad = torch.is_grad_enabled()  # inside a Function, requires_grad does not tell
-    return _ChunkedRows.apply(
-        hidden, weight, bias, row_loss, head, teacher_hidden, teacher_head, labels, parts, with_grad
-    )
+    options = (labels, parts, max_scratch_bytes, with_grad)
+    return _ChunkedRows.apply(hidden, weight, bias, row_loss, head, teacher_hidden, teacher_head, *options)
 
 
 def _one_chunk(
@@ -213,8 +167,12 @@ def _one_chunk(
     labels: Tensor,
     wide: torch.dtype,
     with_gradient: bool,
+    size: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss and parts of some rows, and the gradient by hidden @ weight.T + bias. All else is gone when it returns."""
+    """Loss and parts of some rows, and the gradient by hidden @ weight.T + bias, made `size` rows at a time.
+
+    All else is gone when it returns.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         teacher_logits = None
         if teacher_hidden is not None:
@@ -223,7 +181,6 @@ def _one_chunk(
             return row_loss(hidden.to(wide), teacher_logits, labels, with_gradient)
         logits = project(hidden, student)
         losses, parts = [], []
-        size = _block_rows(logits.shape[1], logits.device.type)
         for start in range(0, len(logits), size):
             rows = slice(start, start + size)
             own_teacher = None if teacher_logits is None else teacher_logits[rows]
@@ -231,66 +188,98 @@ def _one_chunk(
             losses.append(loss)
             parts.append(own_parts)
             if gradient is not None:  # takes the place of its logits
-                logits[rows] = _unshape_gradient(gradient, logits[rows], student)
+                logits[rows] = unshape_gradient(gradient, logits[rows], student)
         return torch.stack(losses).sum(), torch.stack(parts).sum(0), logits if with_gradient else None
+
+
+def losses_and_gradients(
+    row_loss: ChunkLoss,
+    hidden: Tensor,
+    head: Head | None,
+    teacher_hidden: Tensor | None,
+    teacher: Head | None,
+    labels: Tensor,
+    *,
+    parts: int,
+    wanted: Wanted,
+    max_scratch_bytes: int | None,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """`chunked_rows` without autograd: loss, summed parts and the gradients of the loss, for heads that are prepared.
+
+    The gradients by weight and bias are in fp32 (fp64), whatever the dtypes of weight and bias.
+    """
+    need_logits = any(wanted)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    sums = torch.zeros(parts, dtype=wide, device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if wanted[0] else None
+    d_weight = d_bias = None
+    if head is not None:
+        d_weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
+        d_bias = torch.zeros_like(head.bias, dtype=wide) if wanted[2] and head.bias is not None else None
+
+    vocab, device = hidden.shape[1] if head is None else head.weight.shape[0], hidden.device.type
+    block = size = _block_rows(vocab, device, max_scratch_bytes, wide.itemsize)
+    if head is not None:
+        narrow = 0 if head.weight.dtype == wide or not need_logits else head.weight.dtype.itemsize
+        models = 1 if teacher_hidden is None else 2
+        size = chunk_rows(vocab, device, max_scratch_bytes, models * wide.itemsize + narrow)
+    for start in range(0, hidden.shape[0], size):
+        rows = slice(start, start + size)
+        teacher_rows = None if teacher_hidden is None else teacher_hidden[rows]
+        chunk_loss, chunk_parts, d_raw = _one_chunk(
+            row_loss, hidden[rows], head, teacher_rows, teacher, labels[rows], wide, need_logits, block
+        )
+        loss += chunk_loss
+        sums += chunk_parts
+        if d_raw is None:
+            continue
+        if head is None:
+            assert d_hidden is not None
+            d_hidden[rows] = d_raw.to(hidden.dtype)
+            continue
+        if d_bias is not None:
+            d_bias += d_raw.sum(0)
+        d_raw = d_raw.to(head.weight.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if d_hidden is not None:
+                d_hidden[rows] = torch.mm(d_raw, head.weight).to(hidden.dtype)
+            if d_weight is not None and d_raw.dtype == d_weight.dtype:
+                d_weight.addmm_(d_raw.t(), hidden[rows].to(d_raw.dtype))
+            elif d_weight is not None:
+                d_weight += product(d_raw.t(), hidden[rows].to(d_raw.dtype).t())
+        del d_raw  # before the next chunk is made
+    return loss, sums, (d_hidden, d_weight, d_bias)
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · upstream, rounded once: a product with a bf16 tensor would first round the number to bf16."""
+    if gradient.element_size() > 2:
+        return (gradient * upstream).to(dtype)
+    return (gradient.float() * upstream).to(dtype)
 
 
 class _ChunkedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, row_loss, head, teacher_hidden, teacher_head, labels, parts, with_grad):
-        need_hidden, need_weight, need_bias = (with_grad and need for need in ctx.needs_input_grad[:3])
-        need_logits = need_hidden or need_weight or need_bias
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        sums = torch.zeros(parts, dtype=wide, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        student = None if head is None else head.prepared(hidden)
-        teacher = None if teacher_head is None else teacher_head.prepared(teacher_hidden)
-
-        rows_of = _block_rows if head is None else chunk_rows
-        size = rows_of(hidden.shape[1] if head is None else head.weight.shape[0], hidden.device.type)
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, start + size)
-            teacher_rows = None if teacher_hidden is None else teacher_hidden[rows]
-            chunk_loss, chunk_parts, d_raw = _one_chunk(
-                row_loss, hidden[rows], student, teacher_rows, teacher, labels[rows], wide, need_logits
-            )
-            loss += chunk_loss
-            sums += chunk_parts
-            if d_raw is None:
-                continue
-            if student is None:
-                assert d_hidden is not None
-                d_hidden[rows] = d_raw.to(hidden.dtype)
-                continue
-            if d_bias is not None:
-                d_bias += d_raw.sum(0)
-            d_raw = d_raw.to(student.weight.dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
-                if d_hidden is not None:
-                    d_hidden[rows] = torch.mm(d_raw, student.weight).to(hidden.dtype)
-                if d_weight is not None and d_raw.dtype == d_weight.dtype:
-                    d_weight.addmm_(d_raw.t(), hidden[rows].to(d_raw.dtype))
-                elif d_weight is not None:
-                    d_weight += _product(d_raw.t(), hidden[rows].to(d_raw.dtype).t())
-            del d_raw  # before the next chunk is made
-
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
+    def forward(ctx, hidden, weight, bias, row_loss, head, teacher_hidden, teacher_head, labels, parts, scratch, train):
+        loss, sums, gradients = losses_and_gradients(
+            row_loss,
+            hidden,
+            None if head is None else head.prepared(hidden),
+            teacher_hidden,
+            None if teacher_head is None else teacher_head.prepared(teacher_hidden),
+            labels,
+            parts=parts,
+            wanted=tuple(train and need for need in ctx.needs_input_grad[:3]),
+            max_scratch_bytes=scratch,
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        if d_hidden is not None:
-            d_hidden = d_hidden * upstream.to(d_hidden.dtype)
-        if d_weight is not None:
-            d_weight = (d_weight * upstream).to(weight_dtype)
-        if d_bias is not None:
-            d_bias = (d_bias * upstream).to(bias_dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None, None, None
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else scaled(g, upstream, dtype) for g, dtype in saved), *(None,) * 8

@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_itk.losses.chunked import Head, chunk_rows, project
+from lightning_itk.losses.chunked import chunk_rows
 from lightning_itk.losses.divergence import Divergence, divergence_rows
+from lightning_itk.losses.head import Head, project
 
 
 @torch.no_grad()
@@ -15,6 +16,8 @@ def linear_token_divergence(
     teacher_hidden: Float[Tensor, "N Ht"],
     teacher_head: Float[Tensor, "Vt Ht"] | Head,
     how: Divergence | None = None,
+    *,
+    max_scratch_bytes: int | None = None,
 ) -> Float[Tensor, " N"]:
     """T² times the divergence of each token's two distributions, in nats; its sum is `linear_kl_divergence`'s.
 
@@ -24,6 +27,7 @@ def linear_token_divergence(
         teacher_hidden: the input of the teacher's head, at the same tokens.
         teacher_head: likewise. Of two vocabularies the common first part is compared.
         how: kind, beta and temperature; None = KL(teacher || student) at temperature 1. Its weights mean nothing here.
+        max_scratch_bytes: bound on the logits that are held at a time; None = as `chunked.CHUNK_ELEMENTS` says.
 
     Returns:
         fp32, or fp64 where the states are.
@@ -40,7 +44,7 @@ def linear_token_divergence(
     vocab = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
     student_head = student_head.cut(vocab).prepared(student_hidden)
     teacher_head = teacher_head.cut(vocab).prepared(teacher_hidden)
-    size = chunk_rows(vocab, student_hidden.device.type)
+    size = chunk_rows(vocab, student_hidden.device.type, max_scratch_bytes, logit_bytes=24)
     rows = []
     for start in range(0, len(student_hidden), size):
         part = slice(start, start + size)

@@ -5,7 +5,11 @@ Every function returns the SUM over its kept rows; the caller divides by the cou
 gradient near convergence. Shapes: N rows (tokens), H hidden size, V vocabulary.
 
 The `linear_*` functions take hidden states and heads instead of logits, go through the rows in chunks, and make the
-gradients on the way, so nothing of size N x V outlives a chunk.
+gradients on the way, so nothing of size N x V outlives a chunk. Those with a divergence of the kit are one operator
+each for torch.compile, ignored rows included. `max_scratch_bytes` bounds what they hold beside inputs and gradients:
+chunks of logits and what is made of them. None is 2 GiB in Triton, which takes at least 128 rows at a time; in torch it
+is about 1.5 GiB on a GPU and 200 MiB on a CPU, and any bound leaves one row. A trained head adds to it: its gradient in
+fp32 in torch; see kernels/README.md for Triton.
 """
 
 from collections.abc import Callable
@@ -18,9 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
-from lightning_itk.losses.chunked import Head, by_autograd, chunked_rows
-from lightning_itk.losses.divergence import Divergence, Kind, distillation_loss, label_loss_and_gradient
+from lightning_itk.losses.chunked import by_autograd, check_scratch, chunked_rows
+from lightning_itk.losses.divergence import Divergence, Kind, distillation_loss
+from lightning_itk.losses.head import Head
 from lightning_itk.losses.implementation import Impl, resolve_impl
+from lightning_itk.losses.operators import kept_rows, linear_parts
 
 
 class LossParts(NamedTuple):
@@ -94,7 +100,7 @@ def kl_divergence(
     if labels is None:
         labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
     else:
-        labels, student, teacher = _kept(labels, student, teacher)
+        _, (labels, student, teacher) = kept_rows(labels, student, teacher)
     row_loss = partial(distillation_loss, how=how, has_labels=False)
     return chunked_rows(row_loss, student, None, teacher, None, labels, parts=2)[0]
 
@@ -106,6 +112,7 @@ def linear_cross_entropy(
     *,
     impl: Impl = "auto",
     has_ignored: bool = True,
+    max_scratch_bytes: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of the cross-entropy of `hidden @ head.T` over the rows whose label is not -100, without the logits.
 
@@ -114,25 +121,19 @@ def linear_cross_entropy(
         head: its weight, or a `Head` with bias, scale and soft-cap.
         labels: already aligned with the rows (shifted).
         has_ignored: False = no label is -100, as in `batch.response_rows`; saves looking, which waits for a GPU.
+        max_scratch_bytes: bound on the workspace; see the head of this file.
     """
     head = Head.of(head)
     _check_linear(hidden, head, "hidden")
+    check_scratch(max_scratch_bytes)
     labels = _checked_labels(labels, hidden.shape[:-1])
-    if has_ignored:
-        labels, hidden = _kept(labels, hidden)
+    drop: dict[str, Any] = {"drop_ignored": has_ignored, "max_scratch_bytes": max_scratch_bytes}
     if resolve_impl(impl, hidden) == "triton":
         from lightning_itk.kernels.linear_kl import linear_cross_entropy as fused
 
         hidden, weight = _one_dtype(hidden, head.weight)
-        return fused(hidden, weight, labels, bias=head.bias, scale=head.scale, softcap=head.softcap)
-    return chunked_rows(_ce_rows, hidden, head, None, None, labels)[0]
-
-
-def _ce_rows(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    total, gradient = label_loss_and_gradient(torch.log_softmax(student, -1), labels, with_gradient)
-    return total, total[None], gradient
+        return fused(hidden, weight, labels, bias=head.bias, scale=head.scale, softcap=head.softcap, **drop)
+    return linear_parts(hidden, head, None, None, labels, None, **drop)[0]
 
 
 def linear_kl_divergence(
@@ -148,6 +149,7 @@ def linear_kl_divergence(
     ce_weight: float = 0.0,
     kl_weight: float = 1.0,
     impl: Impl = "auto",
+    max_scratch_bytes: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over kept rows of ce_weight x CE + kl_weight x T² x divergence, from hidden states, without the logits.
 
@@ -160,12 +162,14 @@ def linear_kl_divergence(
         kind: see `kl_divergence`, as for beta and temperature.
         ce_weight: weight of the cross-entropy with `labels` (temperature 1).
         kl_weight: weight of the divergence.
+        max_scratch_bytes: bound on the workspace; see the head of this file.
 
     Raises:
         ValueError: shapes that do not belong together, a cross-entropy without labels, or a bad option.
     """
-    how = Divergence(kind, beta, temperature, ce_weight, kl_weight)
-    return linear_kl_parts(student_hidden, student_head, teacher_hidden, teacher_head, labels, how, impl=impl).loss
+    how, bound = Divergence(kind, beta, temperature, ce_weight, kl_weight), max_scratch_bytes
+    models = student_hidden, student_head, teacher_hidden, teacher_head
+    return linear_kl_parts(*models, labels, how, impl=impl, max_scratch_bytes=bound).loss
 
 
 def linear_kl_parts(
@@ -178,6 +182,7 @@ def linear_kl_parts(
     *,
     impl: Impl = "auto",
     has_ignored: bool = True,
+    max_scratch_bytes: int | None = None,
     **fields: Any,
 ) -> LossParts:
     """`linear_kl_divergence` with its two ingredients beside it, from the same pass. CE is 0 where labels are None.
@@ -185,18 +190,18 @@ def linear_kl_parts(
     Args:
         how: the divergence; its fields may be given by name instead.
         has_ignored: False = no label is -100, as in `batch.response_rows`; saves looking, which waits for a GPU.
+        max_scratch_bytes: bound on the workspace; see the head of this file.
     """
     how = Divergence(**fields) if how is None else how
     student, teacher = Head.of(student_head), Head.of(teacher_head)
     _check_linear(student_hidden, student, "student_hidden")
     _check_linear(teacher_hidden, teacher, "teacher_hidden")
     _check_rows(student_hidden, teacher_hidden)
+    check_scratch(max_scratch_bytes)
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-    has_labels = labels is not None
+    drop: dict[str, Any] = {"drop_ignored": has_ignored and labels is not None, "max_scratch_bytes": max_scratch_bytes}
     if labels is not None:
         labels = _checked_labels(labels, student_hidden.shape[:-1])
-        if has_ignored:
-            labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden)
     elif how.ce_weight:
         raise ValueError("ce_weight is not 0 but there are no labels to take a cross-entropy with")
     teacher_hidden, teacher = teacher_hidden.detach(), teacher.detach()
@@ -214,16 +219,11 @@ def linear_kl_parts(
                 teacher_scale=teacher.scale,
                 student_softcap=student.softcap,
                 teacher_softcap=teacher.softcap,
-                **vars(how),
+                **(vars(how) | drop),
             )
         )
-    if labels is None:
-        labels = torch.zeros(student_hidden.shape[0], dtype=torch.long, device=student_hidden.device)
-    row_loss = partial(distillation_loss, how=how, has_labels=has_labels)
-    loss, parts = chunked_rows(
-        row_loss, student_hidden, student.cut(vocab), teacher_hidden, teacher.cut(vocab), labels, parts=2
-    )
-    return LossParts(loss, parts[0], parts[1])
+    heads = student.cut(vocab), teacher.cut(vocab)
+    return LossParts(*linear_parts(student_hidden, heads[0], teacher_hidden, heads[1], labels, how, **drop))
 
 
 def linear_divergence(
@@ -233,27 +233,32 @@ def linear_divergence(
     teacher_hidden: Float[Tensor, "N Ht"],
     teacher_head: Float[Tensor, "Vt Ht"] | Head,
     labels: Int[Tensor, " N"],
+    *,
+    max_scratch_bytes: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over kept rows of any loss between student and teacher logits, without holding the logits.
 
     Args:
         row_loss: `(student_logits, teacher_logits, labels) -> loss of each row`; called on chunks of kept rows with
             fp32 logits over the common vocabulary. Must be differentiable in the student's logits by autograd.
+        max_scratch_bytes: bound on the workspace, as far as `row_loss` makes no more tensors than the kit's own do.
     """
+    check_scratch(max_scratch_bytes)
     student, teacher = Head.of(student_head), Head.of(teacher_head).detach()
     _check_linear(student_hidden, student, "student_hidden")
     _check_linear(teacher_hidden, teacher, "teacher_hidden")
     _check_rows(student_hidden, teacher_hidden)
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
     labels = _checked_labels(labels, student_hidden.shape[:-1])
-    labels, student_hidden, teacher_hidden = _kept(labels, student_hidden, teacher_hidden.detach())
+    _, (labels, student_hidden, teacher_hidden) = kept_rows(labels, student_hidden, teacher_hidden.detach())
 
     def rows(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         assert teacher is not None
         return row_loss(student, teacher, labels)
 
-    heads = student.cut(vocab), teacher.cut(vocab)
-    return chunked_rows(by_autograd(rows), student_hidden, heads[0], teacher_hidden, heads[1], labels)[0]
+    heads, bound = (student.cut(vocab), teacher.cut(vocab)), max_scratch_bytes
+    arguments = (student_hidden, heads[0], teacher_hidden, heads[1], labels)
+    return chunked_rows(by_autograd(rows), *arguments, max_scratch_bytes=bound)[0]
 
 
 def linear_loss(
@@ -261,31 +266,29 @@ def linear_loss(
     hidden: Float[Tensor, "N H"],
     head: Float[Tensor, "V H"] | Head,
     labels: Int[Tensor, " N"],
+    *,
+    max_scratch_bytes: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over kept rows of any loss of a row of logits, without holding the logits: `linear_divergence` of one model.
 
     Args:
         row_loss: `(logits, labels) -> loss of each row`; called on chunks of kept rows with fp32 logits, soft-cap and
             scale of the head applied. Must be differentiable in the logits by autograd.
+        max_scratch_bytes: as in `linear_divergence`.
     """
+    check_scratch(max_scratch_bytes)
     head = Head.of(head)
     _check_linear(hidden, head, "hidden")
     labels = _checked_labels(labels, hidden.shape[:-1])
-    labels, hidden = _kept(labels, hidden)
+    _, (labels, hidden) = kept_rows(labels, hidden)
     rows = by_autograd(lambda logits, _, labels: row_loss(logits, labels))
-    return chunked_rows(rows, hidden, head, None, None, labels)[0]
+    return chunked_rows(rows, hidden, head, None, None, labels, max_scratch_bytes=max_scratch_bytes)[0]
 
 
 def _rows_of(logits: Tensor) -> Tensor:
     if logits.ndim == 0:
         raise ValueError("logits must be [..., vocab], got a single number")
     return logits[None].flatten(0, -2)
-
-
-def _kept(labels: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Labels and rows without the ignored ones; nothing is copied where there are none."""
-    keep = (labels != IGNORE_INDEX).nonzero().flatten()
-    return (labels, *rows) if len(keep) == len(labels) else tuple(x[keep] for x in (labels, *rows))
 
 
 def _one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class TopK(NamedTuple):
     vocab: int  # the teacher's
     temperature: float = 1.0
 
-    def scores(self, targets: Int[Tensor, " N"]) -> TokenScores:
+    def scores(self, targets: Int[Tensor, " N"], max_scratch_bytes: int | None = None) -> TokenScores:
         """What the teacher thinks of the right tokens, which are those that `nll` was taken of."""
         return TokenScores(self.nll, self.ids[:, 0], None)
 
@@ -63,7 +63,13 @@ def top_k(
 
 
 def topk_kl_parts(
-    student_hidden: Float[Tensor, "N H"], student_head: Head, teacher: TopK, targets: Int[Tensor, " N"], how: Divergence
+    student_hidden: Float[Tensor, "N H"],
+    student_head: Head,
+    teacher: TopK,
+    targets: Int[Tensor, " N"],
+    how: Divergence,
+    *,
+    max_scratch_bytes: int | None = None,
 ) -> LossParts:
     """`linear_kl_parts` over k + 1 outcomes: the student's tail is all that it gives to other tokens than the k.
 
@@ -93,7 +99,7 @@ def topk_kl_parts(
         return loss.detach(), torch.stack([ce, kl]).detach(), gradient
 
     number = torch.arange(len(targets), device=targets.device)
-    loss, parts = chunked_rows(chunk, student_hidden, student_head.cut(vocab), None, None, number, parts=2)
+    loss, parts = chunked_rows(chunk, student_hidden, student_head.cut(vocab), None, None, number, 2, max_scratch_bytes)
     return LossParts(loss, parts[0], parts[1])
 
 

@@ -162,10 +162,20 @@ class DistillationModule(InstructionModule):
         """The token loss at one teacher's response rows, summed; override it to distil with another one.
 
         No target is -100. An override applies temperature, ce_weight and kl_weight itself, as far as they mean
-        something to it; `losses.linear_divergence` takes any loss of two rows of logits, and runs in torch.
+        something to it; `losses.linear_divergence` takes any loss of two rows of logits, and runs in torch, within
+        `max_scratch_bytes` if that is handed on.
         """
-        heads = student_states, student_head, teacher_states, teacher_head
-        return linear_kl_parts(*heads, targets, self._how, impl=self.impl, has_ignored=False)
+        return linear_kl_parts(
+            student_states,
+            student_head,
+            teacher_states,
+            teacher_head,
+            targets,
+            self._how,
+            impl=self.impl,
+            has_ignored=False,
+            max_scratch_bytes=self.max_scratch_bytes,
+        )
 
     @property
     def _how(self) -> Divergence:
@@ -173,7 +183,8 @@ class DistillationModule(InstructionModule):
 
     def _token_loss(self, states: Float[Tensor, "N H"], head: Head, target: SoftTargets) -> LossParts:
         if isinstance(target.answer, TopK):
-            return topk_kl_parts(states, head, target.answer, target.targets, self._how)
+            how, bound = self._how, self.max_scratch_bytes
+            return topk_kl_parts(states, head, target.answer, target.targets, how, max_scratch_bytes=bound)
         return self.divergence(states, head, *target.answer, target.targets)
 
     def run_models(self, batch: Batch) -> DistillationPass:
@@ -225,9 +236,10 @@ class DistillationModule(InstructionModule):
         for name in self._names:
             loss = agreement = count = torch.zeros((), device=states.device)
             if own := run.targets.get(name):
-                targets = own.targets
-                student = linear_token_scores(states.flatten(0, 1)[own.student_rows], head, targets)
-                teacher = own.answer.scores(targets)
+                targets, bound = own.targets, self.max_scratch_bytes
+                rows = states.flatten(0, 1)[own.student_rows]
+                student = linear_token_scores(rows, head, targets, max_scratch_bytes=bound)
+                teacher = own.answer.scores(targets, bound)
                 loss, agreement = teacher.nll.sum(), (student.top1 == teacher.top1).sum()
                 count = torch.full((), targets.numel(), device=states.device)
             figures[f"teacher_response_loss{_suffix(name)}"] = Term(loss, elements=count)
@@ -243,11 +255,14 @@ class DistillationModule(InstructionModule):
         for name, own in run.targets.items():
             samples = batch["sample_ids"].flatten()[own.student_rows]
             states = run.student.states.flatten(0, 1)[own.student_rows]
-            student = linear_token_scores(states, run.student.head, own.targets)
-            teacher = own.answer.scores(own.targets)
+            bound = self.max_scratch_bytes
+            student = linear_token_scores(states, run.student.head, own.targets, max_scratch_bytes=bound)
+            teacher = own.answer.scores(own.targets, bound)
             found = {"teacher_response_loss": teacher.nll, "teacher_agreement": student.top1 == teacher.top1}
             if not isinstance(own.answer, TopK):  # which knows no more of a distribution than training needs
-                found["kl"] = linear_token_divergence(states, run.student.head, *own.answer, how)
+                found["kl"] = linear_token_divergence(
+                    states, run.student.head, *own.answer, how, max_scratch_bytes=bound
+                )
             figures |= {f"{figure}{_suffix(name)}": TokenFigure(samples, v) for figure, v in found.items()}
         return figures
 

@@ -26,7 +26,7 @@ from lightning_itk.batch import (
     response_rows,
 )
 from lightning_itk.hub import load_tokenizer
-from lightning_itk.losses.chunked import Head, linear_token_scores
+from lightning_itk.losses.chunked import Head, check_scratch, linear_token_scores
 from lightning_itk.losses.implementation import Impl
 from lightning_itk.methods.figures import Figures
 from lightning_itk.methods.finite import FiniteGuard, NonFinite
@@ -68,6 +68,8 @@ class InstructionModule(L.LightningModule):
         nonfinite: A step whose loss or gradient is not finite: stop = an error that says where, before the weights are
             touched; skip = leave it out and count it as train/skipped_steps.
         impl: Loss implementation: auto takes Triton on a GPU that supports it and torch elsewhere.
+        max_scratch_bytes: Bound on the logits that a token loss holds at a time and what it makes of them; null = 2 GiB
+            in Triton, 1.5 GiB (on a CPU 200 MiB) in torch. Less memory means more and smaller steps through the tokens.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -86,15 +88,18 @@ class InstructionModule(L.LightningModule):
         max_new_tokens: int = 256,
         nonfinite: NonFinite = "stop",
         impl: Impl = "auto",
+        max_scratch_bytes: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         if warmup < 0:
             raise ValueError(f"warmup must not be negative, got {warmup}")
+        check_scratch(max_scratch_bytes)
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.max_new_tokens = max_new_tokens
         self.impl: Impl = impl
+        self.max_scratch_bytes = max_scratch_bytes
         self._trust_remote_code = trust_remote_code
         self.student_name = student if isinstance(student, str) else str(student.config.name_or_path)
         if isinstance(student, str):
@@ -126,14 +131,14 @@ class InstructionModule(L.LightningModule):
     def evaluate(self, batch: Batch) -> dict[str, Term]:
         """Named figures beside the loss terms, for validation and test: the student's own loss and accuracy."""
         hidden, head, targets = self.response_states(batch)
-        scores = linear_token_scores(hidden, head, targets)
+        scores = linear_token_scores(hidden, head, targets, max_scratch_bytes=self.max_scratch_bytes)
         return {"response_loss": Term(scores.nll.sum()), "token_accuracy": Term((scores.top1 == targets).sum())}
 
     def evaluate_tokens(self, batch: Batch) -> dict[str, TokenFigure]:
         """Named figures of every response token, for `RecordResults`; `response_loss` covers all of them."""
         hidden, head, targets = self.response_states(batch)
         samples = batch["sample_ids"].flatten()[self.forward_pass(batch).rows.places]
-        scores = linear_token_scores(hidden, head, targets)
+        scores = linear_token_scores(hidden, head, targets, max_scratch_bytes=self.max_scratch_bytes)
         figures = {"response_loss": scores.nll, "token_accuracy": scores.top1 == targets}
         return {name: TokenFigure(samples, values) for name, values in figures.items()}
 

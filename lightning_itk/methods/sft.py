@@ -15,4 +15,7 @@ class SFTModule(InstructionModule):
 
     def losses(self, batch: Batch) -> dict[str, Term]:
         """`ce`: summed cross-entropy of the response tokens, in nats."""
-        return {"ce": Term(linear_cross_entropy(*self.response_states(batch), impl=self.impl, has_ignored=False))}
+        loss = linear_cross_entropy(
+            *self.response_states(batch), impl=self.impl, has_ignored=False, max_scratch_bytes=self.max_scratch_bytes
+        )
+        return {"ce": Term(loss)}

@@ -53,9 +53,9 @@ class ResponseStates(NamedTuple):
     states: Float[Tensor, "n H"]  # the head's input
     head: Head
 
-    def scores(self, targets: Int[Tensor, " n"]) -> TokenScores:
+    def scores(self, targets: Int[Tensor, " n"], max_scratch_bytes: int | None = None) -> TokenScores:
         """What the teacher thinks of the right tokens."""
-        return linear_token_scores(self.states, self.head, targets)
+        return linear_token_scores(self.states, self.head, targets, max_scratch_bytes=max_scratch_bytes)
 
 
 class SoftTargets(NamedTuple):

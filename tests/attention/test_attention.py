@@ -342,8 +342,8 @@ def test_default_tile_bounds_memory() -> None:
 
 def test_only_kept_rows_are_computed(monkeypatch) -> None:
     seen = []
-    original = tiled._Scores.__call__
-    monkeypatch.setattr(tiled._Scores, "__call__", lambda self, q, k: seen.append(q.shape[2]) or original(self, q, k))
+    original = tiled.Scores.__call__
+    monkeypatch.setattr(tiled.Scores, "__call__", lambda self, q, k: seen.append(q.shape[2]) or original(self, q, k))
     rows = torch.zeros(2, 13, dtype=torch.bool)
     rows[0, [2, 9]] = True
     attention_kl(*inputs(), row_mask=rows)
@@ -355,9 +355,9 @@ def test_only_kept_rows_are_computed(monkeypatch) -> None:
 def test_no_tile_is_larger_than_the_budget(monkeypatch, options, sparse) -> None:
     """Also where every row sees few keys: many rows of a window still cover many keys."""
     scored = []
-    original = tiled._Scores.__call__
+    original = tiled.Scores.__call__
     monkeypatch.setattr(
-        tiled._Scores,
+        tiled.Scores,
         "__call__",
         lambda self, q, k: (
             scored.append((q.shape[2], q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])) or original(self, q, k)
@@ -386,9 +386,9 @@ def test_what_nobody_sees_gets_no_gradient_at_all(kind) -> None:
 def test_other_documents_are_hardly_computed(monkeypatch, causal) -> None:
     """200 + 3 x 10 + 70 packed tokens: each long document is scored alone, the short ones go with a neighbour."""
     scored = []
-    original = tiled._Scores.__call__
+    original = tiled.Scores.__call__
     monkeypatch.setattr(
-        tiled._Scores, "__call__", lambda self, q, k: scored.append(q.shape[2] * k.shape[2]) or original(self, q, k)
+        tiled.Scores, "__call__", lambda self, q, k: scored.append(q.shape[2] * k.shape[2]) or original(self, q, k)
     )
     cu_seqlens = torch.tensor([0, 200, 210, 220, 230, 300], dtype=torch.int32)
     check(inputs(b=1, s=300), cu_seqlens=cu_seqlens, causal=causal)
@@ -397,9 +397,9 @@ def test_other_documents_are_hardly_computed(monkeypatch, causal) -> None:
 
 def test_the_causal_triangle_is_cut_into_tiles(monkeypatch) -> None:
     scored = []
-    original = tiled._Scores.__call__
+    original = tiled.Scores.__call__
     monkeypatch.setattr(
-        tiled._Scores, "__call__", lambda self, q, k: scored.append(q.shape[2] * k.shape[2]) or original(self, q, k)
+        tiled.Scores, "__call__", lambda self, q, k: scored.append(q.shape[2] * k.shape[2]) or original(self, q, k)
     )
     monkeypatch.setitem(tiled.TILE_SCORES, "cpu", 16 * 256 * 4)
     check(inputs(b=1, s=256, heads=(4, 2, 4, 2)))

@@ -169,6 +169,8 @@ def test_max_length_too_small_for_every_record(here, capsys, model_folder):
         (["--data.batchsize", "3"], "batchsize"),
         (["--model.init_args.lerning_rate", "3"], "lerning_rate"),
         (["--model", "lightning_itk.NoModule"], "NoModule"),
+        (["--model.init_args.max_scratch_bytes", "1e9"], "max_scratch_bytes"),
+        (["--model.init_args.max_scratch_bytes", "-1"], "max_scratch_bytes must be positive"),
         (["--data.batch_size", "many"], "batch_size"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

@@ -5,6 +5,8 @@ from tiny import ragged_samples, tiny_model
 
 import lightning_itk as itk
 from lightning_itk import batch as b
+from lightning_itk.losses import chunked
+from lightning_itk.losses.chunked import project
 from lightning_itk.models.loading import LoRA
 
 
@@ -153,7 +155,31 @@ def test_compiled_decoder_gives_the_same_loss(tmp_path, monkeypatch):
     assert itk.SFTModule(tiny_model(), compile=True).losses(batch)["ce"].total.item() == pytest.approx(plain.item())
 
 
+@pytest.mark.parametrize("method", ["sft", "kd", "dae"])
+def test_max_scratch_bytes_reaches_every_loss(method, monkeypatch):
+    """A few rows of logits at a time instead of all: the same losses and figures."""
+    rows = []
+    monkeypatch.setattr(chunked, "project", lambda hidden, head: rows.append(len(hidden)) or project(hidden, head))
+    batch = b.pad(ragged_samples(6), pad_id=0)
+    results = []
+    for bound in (None, 40_000):
+        make = {
+            "sft": lambda **how: itk.SFTModule(tiny_model(), **how),
+            "kd": lambda **how: itk.KDModule(tiny_model(), tiny_model(seed=1), ce_weight=0.5, **how),
+            "dae": lambda **how: itk.DAEModule(tiny_model(), {"one": tiny_model(seed=1)}, **how),
+        }
+        module = make[method](max_scratch_bytes=bound)
+        rows.clear()
+        terms = module.losses(batch) | module.evaluate(batch)
+        results.append({name: term.total for name, term in terms.items()})
+        logits = module.student.config.vocab_size * 4
+        assert max(rows) == b.response_rows(batch).targets.numel() if bound is None else max(rows) * logits <= bound
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_refusals(tmp_path, model_folder):
+    with pytest.raises(ValueError, match="max_scratch_bytes must be positive"):
+        itk.SFTModule(tiny_model(), max_scratch_bytes=0)
     with pytest.raises(ValueError, match="warmup must not be negative"):
         itk.SFTModule(tiny_model(), warmup=-1)
     with pytest.raises(ValueError, match="folder '/nowhere/at/all' does not exist"):
