@@ -231,7 +231,7 @@ def attention_dk_kernel(
         ds = dscores(x_s, lse_s[None, :], total, rows_kl[None, :], student, to_log2, G, KIND)
         if RAGGED:
             ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
-        elif mask.CAUSAL:
+        elif mask.CAUSAL:  # noqa: SIM102, the compiler decides this one and the loop the next
             if block * BLOCK_M < first + BLOCK_N - 1:  # on the diagonal
                 ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
         dk = dot((ds * unit).to(q_s.dtype), q_s, dk, "ieee")
