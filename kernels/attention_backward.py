@@ -205,10 +205,13 @@ def attention_dk_kernel(
         k_t = load_keys(teacher, keys_of(teacher, b, ht), j, S, True)
 
     # One loop over (query head, query block): two nested loops cost the registers that this kernel does not have.
+    # Queries and keys beyond S need no mask: their log-sum-exps are EMPTY, and their rows are not stored.
+    RAGGED: tl.constexpr = mask.window is not None or mask.starts is not None or mask.keys is not None
+    h = hk * student.GROUP
+    at = lo
     dk = tl.zeros([BLOCK_N, student.BLOCK_D], tl.float32)
-    for step in range(0, count * student.GROUP):
-        h = hk * student.GROUP + step // count
-        block = lo + step % count
+    for _ in range(0, count * student.GROUP):
+        block = at
         if blocks_ptr is not None:
             block = tl.load(blocks_ptr + block)
         i = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -226,8 +229,16 @@ def attention_dk_kernel(
             part = teacher_part(scores(k_t, q_t, teacher, to_log2) - lse_t[None, :], KIND)
             total = part if G == 1 else total + part
         ds = dscores(x_s, lse_s[None, :], total, rows_kl[None, :], student, to_log2, G, KIND)
-        ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
+        if RAGGED:
+            ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
+        elif mask.CAUSAL:  # noqa: SIM102, the compiler decides this one and the loop the next
+            if block * BLOCK_M < first + BLOCK_N - 1:  # on the diagonal
+                ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
         dk = dot((ds * unit).to(q_s.dtype), q_s, dk, "ieee")
+        at += 1
+        last = at == hi
+        h = tl.where(last, h + 1, h)
+        at = tl.where(last, lo, at)
 
     cols = tl.arange(0, student.BLOCK_D)
     at = ((b * tl.num_programs(1) + hk) * S + j) * student.D

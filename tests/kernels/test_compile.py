@@ -4,147 +4,26 @@ Asserted from the machine code: no register spills, shared memory within the dev
 """
 
 import multiprocessing
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+import machine_code
 import triton
-from triton.backends import nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from machine_code import TARGETS, Case, attention_cases, compile_case
 
-from lightning_itk.kernels import attention_backward, attention_forward, launch, linear_eval, rows
+from lightning_itk.kernels import launch, linear_eval
 
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="the compiler needs a process without TRITON_INTERPRET")
 
-TARGETS = {
-    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 # The tiles were chosen with Triton 3.7; 3.6 spills up to 40 bytes in three of the heaviest sets of options.
 SLACK = 64 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes one program may use
 SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376)
-TENSOR_CORE = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), r"mma\.sync"),
-    "sm_90": r"wgmma|mma\.sync",
-    "sm_100": r"tcgen05\.mma|mma\.sync",
-    "gfx942": r"v_mfma",
-}
-
-
-class Case(NamedTuple):
-    """One compilation: the kernel, its arguments and its launch options.
-
-    An argument is the type that Triton gives it ("*bf16", "fp32", "i32"; "stride" for an i32 that is a multiple of 16,
-    as strides and widths are in practice), a tuple of arguments, or else a constant.
-    """
-
-    name: str
-    arch: str
-    kernel: str
-    arguments: dict[str, Any]
-    warps: int
-    stages: int
-    multiplies: bool
-
-
-class Figures(NamedTuple):
-    registers: int
-    spilled: int  # bytes (NVIDIA) or registers (AMD)
-    shared: int  # bytes
-    tensor_core: int  # instructions
-
-
-def compile_case(case: Case) -> Figures:
-    kernel = KERNELS[case.kernel]
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def declare(argument: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(argument, tuple):
-            parts = [declare(part, (*path, i)) for i, part in enumerate(argument)]
-            return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
-        if not isinstance(argument, str) or argument in ("ieee", "tf32x3"):
-            constants[path] = argument
-            return "constexpr"
-        if argument == "stride" or argument.startswith("*"):
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if argument == "stride" else argument
-
-    signature = {name: declare(case.arguments[name], (i,)) for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
-    compiled = triton.compile(source, target=TARGETS[case.arch], options=options)
-    if case.arch.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.{k}:\s+(\d+)", text)[1]) for k in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
-    else:
-        text = compiled.asm["ptx"]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        found = {k: int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-        registers, spilled = found["REG"], found["STACK"] + found["LOCAL"]
-    return Figures(registers, spilled, compiled.metadata.shared, len(re.findall(TENSOR_CORE[case.arch], text)))
-
-
-KERNELS = {
-    "forward": attention_forward.attention_forward_kernel,
-    "dq": attention_backward.attention_dq_kernel,
-    "dk": attention_backward.attention_dk_kernel,
-    "rows": rows.token_loss_kernel,
-    "eval": linear_eval.linear_eval_kernel,
-}
-
-
-def attention_cases(arch: str) -> Iterator[Case]:
-    """Per tile of the table, the options that need most registers among those that select it."""
-    masks = attention_forward.Mask("*i32", "*i32", "*u8", "*u8", "i32", "i32", True)
-    causal = attention_forward.Mask(None, None, None, None, "i32", None, True)
-    for kernel in ("forward", "dq", "dk"):
-        for dim in (64, 128, 256):
-            plain = {"mask": masks, "D": dim, "kind": "reverse"}
-            single = plain | {"cap": "fp32", "FIXED": False}
-            heavy = single | {"D": dim * 5 // 8, "G": 3}
-            sets: list[tuple[str, dict[str, Any], bool]] = [("bf16", plain, True), ("bf16", heavy, False)]
-            if kernel == "dq":
-                sets.append(("bf16", {"mask": masks, "D": dim, "upstream_ptr": None}, True))
-            if dim == 128:
-                sets += [("bf16", {"D": dim}, True), ("bf16", single, False)]
-                # What two models in different dtypes come to: one size is cast up, bf16 meets fp16 as it is.
-                sets += [("fp32", plain, True), ("fp32", single, False), ("fp16", single, False)]
-            else:
-                sets.append(("fp32", single, False))
-            for dtype, given, simple in sets:
-                tile = launch.attention_tile(arch, kernel, dim, 4 if dtype == "fp32" else 2, simple)
-                options = {"mask": causal, "cap": None, "kind": "forward", "G": 1, "FIXED": True} | given
-                strides, scalars = ("stride",) * 3, ("fp32", options["cap"], 4, options["D"], dim)
-                model = attention_forward.Model(f"*{dtype}", f"*{dtype}", strides, strides, *scalars)
-                other = model._replace(q="*bf16", k="*bf16") if dtype == "fp16" else model
-                listed = None if options["mask"].rows is None else "*i32"
-                arguments = dict.fromkeys(("kl_ptr", "lse_s_ptr", "lse_t_ptr", "upstream_ptr"), "*fp32")
-                arguments |= {
-                    "student": model,
-                    "teacher": other,
-                    "head_map_ptr": "*i32",
-                    "unit": "fp32",
-                    "to_log2": "fp32",
-                }
-                arguments |= {"factor": "fp32", "dq_ptr": f"*{dtype}", "dk_ptr": f"*{dtype}"}
-                arguments |= {"blocks_ptr": listed, "ranks_ptr": listed, "KIND": launch.KINDS[options["kind"]]}
-                arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | options
-                name = f"{kernel} {dtype} D={options['D']} {'plain' if simple else 'heavy'} {tuple(tile)}"
-                yield Case(name, arch, kernel, arguments, tile.warps, tile.stages, dtype != "fp32")
 
 
 def row_cases(arch: str) -> Iterator[Case]:
@@ -209,3 +88,32 @@ def test_the_table_and_the_targets_agree(precision):
     assert set(TARGETS) == set(launch.ARCHITECTURES)
     names = [arch for arch in TARGETS if launch.precision(arch, torch.float32) == precision]
     assert names == (["gfx942"] if precision == "ieee" else [a for a in TARGETS if a != "gfx942"])
+
+
+INSTRUCTIONS = {
+    ("sm_80", "forward, 64"): 597,
+    ("sm_80", "forward, 128"): 748,
+    ("sm_80", "dq, 64"): 225,
+    ("sm_80", "dq, 128"): 374,
+    ("sm_80", "dk, 64"): 689,
+    ("sm_80", "dk, 128"): 489,
+    ("sm_90", "forward, 64"): 545,
+    ("sm_90", "forward, 128"): 621,
+    ("sm_90", "dq, 64"): 331,
+    ("sm_90", "dq, 128"): 393,
+    ("sm_90", "dk, 64"): 581,
+    ("sm_90", "dk, 128"): 647,
+}
+"""Of a warp in an iteration of the inner loop, as the README has them; more than a tenth more is a fault."""
+README = Path(launch.__file__).with_name("README.md")
+
+
+@pytest.mark.skipif(not machine_code.DISASSEMBLER.exists(), reason="this Triton comes without nvdisasm")
+@pytest.mark.skipif(not triton.__version__.startswith("3.7.1"), reason="the README's figures are of Triton 3.7.1")
+def test_the_readme_says_what_the_machine_code_does():
+    """Else: put what `python tests/machine_code.py` prints there, and say why it is no slower."""
+    lines = machine_code.table()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+    slower = [row for row in cells if int(row[4]) > 1.1 * INSTRUCTIONS[row[1], row[2]]]
+    assert not slower
+    assert "\n".join(lines) in README.read_text()
