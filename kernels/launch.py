@@ -193,6 +193,7 @@ _SMALLER: _Tiles = {
     ("dk", 256): ((32, 64, 8, 1), (32, 32, 8, 2)),
 }
 _ATTENTION |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), _ATTENTION["sm_80"] | _SMALLER)
+_ATTENTION["sm_120"] = _ATTENTION["sm_86"] | {("dk", 128): ((32, 128, 8, 2), (32, 64, 8, 3))}  # 2 stages spill 8 bytes
 
 
 def attention_tile(arch: str, kernel: str, dim: int, itemsize: int, plain: bool) -> Tile:
