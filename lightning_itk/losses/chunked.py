@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -99,11 +98,15 @@ def linear_token_scores(
     for start in range(0, hidden.shape[0], size):
         rows = slice(start, start + size)
         logits, label = project(hidden[rows], head), labels[rows]
-        nll[rows] = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="none").to(wide)
+        ignored = label == IGNORE_INDEX
+        right = logits.gather(1, label.masked_fill(ignored, 0)[:, None])
+        largest = logits.amax(1, keepdim=True)
+        total = (logits - largest).exp_().sum(1)
+        nll[rows] = (total.log_() - (right - largest)[:, 0]).masked_fill_(ignored, 0.0).to(wide)
         top1[rows] = logits.argmax(-1)
         if rank is not None:
-            higher = (logits > logits.gather(1, label.clamp_min(0)[:, None])).sum(1)
-            rank[rows] = (1 + higher).masked_fill(label == IGNORE_INDEX, 0)
+            higher = (logits > right).sum(1)
+            rank[rows] = (1 + higher).masked_fill(ignored, 0)
     return TokenScores(nll, top1, rank)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_itk.batch import IGNORE_INDEX
 from lightning_itk.losses.chunked import ChunkLoss, losses_and_gradients, scaled
-from lightning_itk.losses.divergence import Divergence, distillation_loss, label_loss_and_gradient
+from lightning_itk.losses.divergence import Divergence, distillation_loss, label_loss_and_gradient, log_softmax
 from lightning_itk.losses.head import Head, matmul_dtype
 
 
@@ -120,7 +120,7 @@ def kept_rows(labels: Tensor, *rows: Tensor) -> tuple[Tensor | None, tuple[Tenso
 def _ce_rows(
     student: Tensor, teacher: Tensor | None, labels: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    total, gradient = label_loss_and_gradient(torch.log_softmax(student, -1), labels, with_gradient)
+    total, gradient = label_loss_and_gradient(log_softmax(student), labels, with_gradient)
     return total, torch.stack([total, torch.zeros_like(total)]), gradient
 
 

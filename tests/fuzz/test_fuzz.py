@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lightning_itk.attention import kl as attention
 from lightning_itk.data import chat, records, sampler, samples, sources, spans
-from lightning_itk.losses import token
+from lightning_itk.losses import operators, token
 from lightning_itk.selection import percentage
 
 pytestmark = pytest.mark.fuzz
@@ -82,7 +82,7 @@ PLANTED = {
         "files", samples.TokenizedSource, "__getitem__", lambda get: lambda self, i: get(self, len(self) - 1 - i)
     ),
     "an error nobody expected": ("configs", COMMAND, "_is_users", lambda _: lambda _: False),
-    "strides that are not looked at": ("tensors", token, "_kept", unlike_its_strides),
+    "strides that are not looked at": ("tensors", operators, "kept_rows", unlike_its_strides),
     "a gradient half a percent off": ("tensors", token, "distillation_loss", half_a_percent_off),
     "query rows that should not count": ("tensors", attention, "tiled_attention_kl", without_row_mask),
     "a resumption one batch late": (
