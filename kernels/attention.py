@@ -1,14 +1,14 @@
 """KL between the attention maps of a student and a teacher, from their queries and keys, without holding a map.
 
 The forward pass is one sweep over the scores and saves one log-sum-exp per row and head; the backward pass recomputes
-the scores in two deterministic kernels (no atomics), one for dq and one for dk.
+the scores in two deterministic kernels (no atomics), one for dq and one for dk; one for both is an option (README.md).
 """
 
 import torch
 from torch import Tensor
 
 from .attention_forward import EMPTY
-from .attention_problem import Problem, forward, key_gradient, query_gradient
+from .attention_problem import Problem, both_gradients, forward, key_gradient, query_gradient
 from .launch import LOG2E, attention_refusal, eager
 
 
@@ -190,6 +190,8 @@ def _attention_backward(upstream, *arguments):  # type: ignore[no-untyped-def]
     *operands, kl, lse_s, lse_t = arguments[:11]
     *options, want_q, want_k = arguments[11:]
     p = Problem(*operands, *options)
+    if want_q and want_k:
+        return both_gradients(p, kl, lse_s, lse_t, upstream)
     dq = query_gradient(p, kl, lse_s, lse_t, upstream) if want_q else p.q_s.new_empty(0)
     dk = key_gradient(p, kl, lse_s, lse_t, upstream) if want_k else p.k_s.new_empty(0)
     return dq, dk

@@ -151,6 +151,82 @@ def attention_dq_kernel(
 
 
 @triton.jit
+def query_range(mask, b, first, j, blocks_ptr, ranks_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(lo, hi): query blocks that can see the keys j from `first` on; with a list of blocks, places in it."""
+    S = mask.S
+    lo = 0
+    hi = S
+    if mask.CAUSAL:
+        lo = first
+    if mask.window is not None:
+        hi = tl.minimum(hi, first + BLOCK_N - 1 + mask.window)
+    if mask.starts is not None:  # a query sees a key only inside the key's own segment
+        lo = tl.maximum(lo, tl.min(tl.load(mask.starts + b * S + j, mask=j < S, other=S), 0))
+        hi = tl.minimum(hi, tl.max(tl.load(mask.ends + b * S + j, mask=j < S, other=0), 0))
+    lo = lo // BLOCK_M
+    hi = tl.maximum(lo, tl.cdiv(hi, BLOCK_M))
+    if blocks_ptr is not None:
+        width = tl.cdiv(S, BLOCK_M)
+        lo = tl.load(ranks_ptr + b * (width + 1) + lo)
+        hi = tl.load(ranks_ptr + b * (width + 1) + hi)
+    return lo, hi
+
+
+@triton.jit
+def dscores_of_keys(
+    student,
+    teacher,
+    mask,
+    head_map_ptr,
+    kl_ptr,
+    lse_s_ptr,
+    lse_t_ptr,
+    b,
+    h,
+    heads,
+    i,
+    j,
+    keys,
+    k_s,
+    k_t,  # read where FIXED and G == 1
+    first,  # key
+    first_query,
+    to_log2,
+    G: tl.constexpr,
+    KIND: tl.constexpr,
+    FIXED: tl.constexpr,
+    EVERY_KEY: tl.constexpr,  # also keys beyond S get 0
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One head's queries i, and `dscores` of keys by queries [BLOCK_N, BLOCK_M].
+
+    Queries beyond S need no mask: their log-sum-exps are EMPTY.
+    """
+    S = mask.S
+    q_s = load_queries(student, b, h, i, S)
+    lse_s, rows_kl = load_statistics(kl_ptr, lse_s_ptr, (b * heads + h) * S + i, i < S, G, KIND)
+    starts, ends = load_segments(mask, b, i)
+    x_s = scores(k_s, q_s, student, to_log2)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for g in range(0, G):
+        kt_ptr, q_t = load_teacher(teacher, b, head_map_ptr + h * G + g, i, S)
+        lse_t_at = ((b * heads + h) * G + g) * S + i
+        lse_t = tl.load(lse_t_ptr + lse_t_at, mask=i < S, other=EMPTY)
+        head_keys = k_t if FIXED and G == 1 else load_keys(teacher, kt_ptr, j, S, True)
+        part = teacher_part(scores(head_keys, q_t, teacher, to_log2) - lse_t[None, :], KIND)
+        total = part if G == 1 else total + part
+    ds = dscores(x_s, lse_s[None, :], total, rows_kl[None, :], student, to_log2, G, KIND)
+    RAGGED: tl.constexpr = mask.window is not None or mask.starts is not None or mask.keys is not None
+    if RAGGED or (EVERY_KEY and not mask.CAUSAL):
+        ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
+    elif mask.CAUSAL:  # noqa: SIM102, the compiler decides this one and the loop the next
+        if first_query < first + BLOCK_N - 1:  # on the diagonal, where all keys beyond S are
+            ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
+    return q_s, ds
+
+
+@triton.jit
 def attention_dk_kernel(
     student,  # Model
     teacher,  # Model
@@ -180,33 +256,19 @@ def attention_dk_kernel(
     j = first + tl.arange(0, BLOCK_N)
     keys = load_key_mask(mask, b, j)
 
-    # Query blocks that can see these keys: [lo, hi).
-    lo = 0
-    hi = S
-    if mask.CAUSAL:
-        lo = first
-    if mask.window is not None:
-        hi = tl.minimum(hi, first + BLOCK_N - 1 + mask.window)
-    if mask.starts is not None:  # a query sees a key only inside the key's own segment
-        lo = tl.maximum(lo, tl.min(tl.load(mask.starts + b * S + j, mask=j < S, other=S), 0))
-        hi = tl.minimum(hi, tl.max(tl.load(mask.ends + b * S + j, mask=j < S, other=0), 0))
-    lo = lo // BLOCK_M
-    hi = tl.maximum(lo, tl.cdiv(hi, BLOCK_M))
+    lo, hi = query_range(mask, b, first, j, blocks_ptr, ranks_ptr, BLOCK_M, BLOCK_N)
     if blocks_ptr is not None:
-        width = tl.cdiv(S, BLOCK_M)
-        lo = tl.load(ranks_ptr + b * (width + 1) + lo)
-        hi = tl.load(ranks_ptr + b * (width + 1) + hi)
-        blocks_ptr += b * width
+        blocks_ptr += b * tl.cdiv(S, BLOCK_M)
     count = hi - lo
 
     k_s = load_keys(student, keys_of(student, b, hk * student.GROUP), j, S, True)
+    k_t = k_s
     if FIXED and G == 1:
         ht = tl.load(head_map_ptr + hk * student.GROUP)
         k_t = load_keys(teacher, keys_of(teacher, b, ht), j, S, True)
 
     # One loop over (query head, query block): two nested loops cost the registers that this kernel does not have.
-    # Queries and keys beyond S need no mask: their log-sum-exps are EMPTY, and their rows are not stored.
-    RAGGED: tl.constexpr = mask.window is not None or mask.starts is not None or mask.keys is not None
+    # Keys beyond S need no mask: their rows are not stored.
     h = hk * student.GROUP
     at = lo
     dk = tl.zeros([BLOCK_N, student.BLOCK_D], tl.float32)
@@ -215,25 +277,10 @@ def attention_dk_kernel(
         if blocks_ptr is not None:
             block = tl.load(blocks_ptr + block)
         i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        q_s = load_queries(student, b, h, i, S)
-        lse_s, rows_kl = load_statistics(kl_ptr, lse_s_ptr, (b * heads + h) * S + i, i < S, G, KIND)
-        starts, ends = load_segments(mask, b, i)
-        x_s = scores(k_s, q_s, student, to_log2)
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for g in range(0, G):
-            kt_ptr, q_t = load_teacher(teacher, b, head_map_ptr + h * G + g, i, S)
-            lse_t_at = ((b * heads + h) * G + g) * S + i
-            lse_t = tl.load(lse_t_ptr + lse_t_at, mask=i < S, other=EMPTY)
-            if not (FIXED and G == 1):
-                k_t = load_keys(teacher, kt_ptr, j, S, True)
-            part = teacher_part(scores(k_t, q_t, teacher, to_log2) - lse_t[None, :], KIND)
-            total = part if G == 1 else total + part
-        ds = dscores(x_s, lse_s[None, :], total, rows_kl[None, :], student, to_log2, G, KIND)
-        if RAGGED:
-            ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
-        elif mask.CAUSAL:  # noqa: SIM102, the compiler decides this one and the loop the next
-            if block * BLOCK_M < first + BLOCK_N - 1:  # on the diagonal
-                ds = tl.where(visible(mask, i, j, starts, ends, keys, 1), ds, 0.0)
+        q_s, ds = dscores_of_keys(
+            student, teacher, mask, head_map_ptr, kl_ptr, lse_s_ptr, lse_t_ptr, b, h, heads, i, j, keys, k_s, k_t,
+            first, block * BLOCK_M, to_log2, G, KIND, FIXED, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         dk = dot((ds * unit).to(q_s.dtype), q_s, dk, "ieee")
         at += 1
         last = at == hi

@@ -1,4 +1,4 @@
-"""One attention loss as the kernels see it: shapes, strides and tile, and the three launches."""
+"""One attention loss as the kernels see it: shapes, strides and tile, and the launches."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .attention_backward import attention_dk_kernel, attention_dq_kernel
 from .attention_forward import Mask, Model, attention_forward_kernel
-from .launch import KINDS, LOG2E, Tile, architecture, attention_tile, guard
+from .attention_fused import attention_fused_kernel, sum_parts_kernel
+from .launch import KINDS, LOG2E, Tile, architecture, attention_tile, fused_splits, fused_tile, guard
+
+FUSED_BACKWARD: bool = False  # dq and dk in one kernel, where `fused_tile` has one; README.md says what decided
 
 
 class Problem(NamedTuple):
@@ -34,11 +37,19 @@ class Problem(NamedTuple):
     fixed: bool
 
     def tile(self, kernel: str) -> Tile:
+        return attention_tile(architecture(self.q_s.device), kernel, *self._demands())
+
+    def fused_tile(self) -> Tile | None:
+        masks = (self.spans, self.key_mask, self.row_mask)
+        bare = self.causal and not (self.window or self.reverse) and all(x is None for x in masks)
+        return fused_tile(architecture(self.q_s.device), *self._demands(), bare)
+
+    def _demands(self) -> tuple[int, int, bool]:
+        """Padded head dim, bytes of an element (the teacher's too) and whether the problem is plain."""
         dims = (self.q_s.shape[-1], self.q_t.shape[-1])
         one_to_one = self.head_map.shape[1] == 1 and self.fixed
         plain = one_to_one and not (self.cap_s or self.cap_t) and all(d == _padded(d) for d in dims)
-        arch, itemsize = architecture(self.q_s.device), self.q_s.element_size()  # the teacher's too
-        return attention_tile(arch, kernel, max(map(_padded, dims)), itemsize, plain)
+        return max(map(_padded, dims)), self.q_s.element_size(), plain
 
     def arguments(self, tile: Tile) -> dict[str, Any]:
         """What every kernel takes, by name."""
@@ -105,17 +116,43 @@ def key_gradient(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstream:
     batch, heads, length = p.k_s.shape[:3]
     tile = p.tile("dk")
     dk = torch.empty(p.k_s.shape, dtype=p.k_s.dtype, device=p.k_s.device)
-    blocks = ranks = None
-    if p.row_mask is not None:  # list the query blocks that hold a kept row, so that the others cost nothing
-        padded = torch.nn.functional.pad(p.row_mask, (0, -length % tile.block_m))
-        active = (
-            padded.unflatten(1, (padded.shape[1] // tile.block_m, tile.block_m)).amax(-1) != 0
-        )  # a batch may be empty
-        blocks = torch.argsort(~active, dim=1, stable=True).to(torch.int32)
-        ranks = torch.nn.functional.pad(active.cumsum(1), (1, 0)).to(torch.int32)
     with guard(p.q_s):
         attention_dk_kernel[(triton.cdiv(length, tile.block_n), heads, batch)](
-            blocks_ptr=blocks, ranks_ptr=ranks, kl_ptr=kl, lse_s_ptr=lse_s, lse_t_ptr=lse_t, upstream_ptr=upstream,
-            dk_ptr=dk, FIXED=p.fixed, **p.gradient_factors(), **p.arguments(tile),
+            kl_ptr=kl, lse_s_ptr=lse_s, lse_t_ptr=lse_t, upstream_ptr=upstream, dk_ptr=dk, FIXED=p.fixed,
+            **_kept_blocks(p.row_mask, tile.block_m), **p.gradient_factors(), **p.arguments(tile),
         )  # fmt: skip
     return dk
+
+
+def both_gradients(p: Problem, kl: Tensor, lse_s: Tensor, lse_t: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """dq and dk, from one kernel where `FUSED_BACKWARD` asks for it and the problem fits."""
+    batch, heads, length = p.k_s.shape[:3]
+    tile = p.fused_tile() if FUSED_BACKWARD and p.q_s.numel() else None
+    splits = 0
+    if tile is not None:
+        splits = fused_splits(p.q_s.device, tile, batch * heads, triton.cdiv(length, tile.block_n), 4 * p.q_s.numel())
+    if tile is None or splits == 0:
+        return query_gradient(p, kl, lse_s, lse_t, upstream), key_gradient(p, kl, lse_s, lse_t, upstream)
+    parts = torch.zeros(splits, *p.q_s.shape, dtype=torch.float32, device=p.q_s.device)
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q_s, p.k_s))
+    factors, block = p.gradient_factors(), 1024
+    with guard(p.q_s):
+        attention_fused_kernel[(splits, heads, batch)](
+            kl_ptr=kl, lse_s_ptr=lse_s, lse_t_ptr=lse_t, upstream_ptr=upstream, parts_ptr=parts, dk_ptr=dk,
+            FIXED=p.fixed, **_kept_blocks(p.row_mask, tile.block_m), **factors, **p.arguments(tile),
+        )  # fmt: skip
+        sum_parts_kernel[(triton.cdiv(dq.numel(), block),)](
+            parts, upstream, dq, factors["factor"], splits, dq.numel(), BLOCK=block
+        )
+    return dq, dk
+
+
+def _kept_blocks(row_mask: Tensor | None, block_m: int) -> dict[str, Tensor | None]:
+    """Lists of the query blocks that hold a kept row, so that the others cost nothing."""
+    if row_mask is None:
+        return {"blocks_ptr": None, "ranks_ptr": None}
+    padded = torch.nn.functional.pad(row_mask, (0, -row_mask.shape[1] % block_m))
+    active = padded.unflatten(1, (padded.shape[1] // block_m, block_m)).amax(-1) != 0  # a batch may be empty
+    blocks = torch.argsort(~active, dim=1, stable=True).to(torch.int32)
+    ranks = torch.nn.functional.pad(active.cumsum(1), (1, 0)).to(torch.int32)
+    return {"blocks_ptr": blocks, "ranks_ptr": ranks}

@@ -27,6 +27,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 UPCAST = tl.constexpr(INTERPRET)  # the interpreter cannot multiply bf16
 TINY = tl.constexpr(1.2e-38)  # above the smallest normal fp32: no GPU flushes it to 0
 MAX_HEAD_DIM = 256
+FUSED_BYTES = 256 << 20  # of fp32 buffers for dq at most
 LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum: finite, so that differences of two are never nan
 
 
@@ -217,3 +218,41 @@ def attention_tile(arch: str, kernel: str, dim: int, itemsize: int, plain: bool)
             smaller["forward", 128] = (16, 32)
         return Tile(*smaller.get((kernel, dim), (32, 32)), 8, 1)
     return Tile(*_ATTENTION[arch][kernel, dim][0 if plain else 1])
+
+
+# The fused backward kernel, by (architecture, padded head dim): the tile of causal forward KL without any mask, and of
+# every other plain problem. What is not here spills or does not fit, and takes the two kernels.
+_FUSED = {
+    ("sm_80", 64): ((64, 128, 8, 2), (64, 64, 4, 2)),
+    ("sm_80", 128): ((32, 64, 4, 1), (32, 32, 4, 2)),
+    ("sm_90", 64): ((64, 128, 8, 2), (64, 128, 8, 3)),
+    ("sm_90", 128): ((64, 128, 8, 2), (32, 128, 8, 2)),
+    ("sm_100", 64): ((32, 128, 8, 2), (32, 128, 8, 2)),
+    ("sm_100", 128): ((32, 128, 8, 2), (32, 128, 8, 2)),
+}
+
+
+def fused_tile(arch: str, dim: int, itemsize: int, plain: bool, bare: bool) -> Tile | None:
+    """Tile of the attention kernel that makes dq and dk together; None where the two kernels have to.
+
+    Args:
+        dim, itemsize, plain: as for `attention_tile`.
+        bare: causal forward KL with no other mask, of keys or rows.
+    """
+    if arch == "interpret":
+        return Tile(32, 16, 1, 1)
+    tiles = _FUSED.get((arch, max(64, dim)))
+    return Tile(*tiles[0 if bare else 1]) if tiles and plain and itemsize == 2 else None
+
+
+def fused_splits(device: torch.device, tile: Tile, groups: int, blocks: int, part_bytes: int) -> int:
+    """How many programs share the key blocks of one key head: enough to fill the card, if blocks and memory allow.
+
+    Args:
+        groups: key heads of all batch rows.
+        blocks: key blocks of one.
+        part_bytes: of a split's dq in fp32. All together take at most `FUSED_BYTES`: 0 where one alone takes more.
+    """
+    processors = 12 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+    programs = processors * (8 // tile.warps)  # a processor's registers hold eight warps of these
+    return min(-(-programs // groups), blocks, FUSED_BYTES // part_bytes)

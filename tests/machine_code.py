@@ -17,7 +17,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_itk.kernels import attention_backward, attention_forward, launch, linear_eval, rows
+from lightning_itk.kernels import attention_backward, attention_forward, attention_fused, launch, linear_eval, rows
 
 TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
@@ -104,6 +104,7 @@ KERNELS = {
     "forward": attention_forward.attention_forward_kernel,
     "dq": attention_backward.attention_dq_kernel,
     "dk": attention_backward.attention_dk_kernel,
+    "fused": attention_fused.attention_fused_kernel,
     "rows": rows.token_loss_kernel,
     "eval": linear_eval.linear_eval_kernel,
 }
@@ -113,7 +114,7 @@ def attention_cases(arch: str) -> Iterator[Case]:
     """Per tile of the table, the options that need most registers among those that select it."""
     masks = attention_forward.Mask("*i32", "*i32", "*u8", "*u8", "i32", "i32", True)
     causal = attention_forward.Mask(None, None, None, None, "i32", None, True)
-    for kernel in ("forward", "dq", "dk"):
+    for kernel in ("forward", "dq", "dk", "fused"):
         for dim in (64, 128, 256):
             plain = {"mask": masks, "D": dim, "kind": "reverse"}
             single = plain | {"cap": "fp32", "FIXED": False}
@@ -127,8 +128,17 @@ def attention_cases(arch: str) -> Iterator[Case]:
                 sets += [("fp32", plain, True), ("fp32", single, False), ("fp16", single, False)]
             else:
                 sets += [("fp32", single, False), *([("bf16", {"D": dim}, True)] if dim == 64 else [])]
+            if kernel == "fused":
+                sets = [("bf16", {"D": dim}, True), ("bf16", plain, True)]
             for dtype, given, simple in sets:
-                tile = launch.attention_tile(arch, kernel, dim, 4 if dtype == "fp32" else 2, simple)
+                sizes = (dim, 4 if dtype == "fp32" else 2, simple)
+                if kernel == "fused":
+                    fused = launch.fused_tile(arch, *sizes, "mask" not in given)
+                    if fused is None:
+                        continue
+                    tile = fused
+                else:
+                    tile = launch.attention_tile(arch, kernel, *sizes)
                 options = {"mask": causal, "cap": None, "kind": "forward", "G": 1, "FIXED": True} | given
                 strides, scalars = ("stride",) * 3, ("fp32", options["cap"], 4, options["D"], dim)
                 model = attention_forward.Model(f"*{dtype}", f"*{dtype}", strides, strides, *scalars)
@@ -142,7 +152,7 @@ def attention_cases(arch: str) -> Iterator[Case]:
                     "unit": "fp32",
                     "to_log2": "fp32",
                 }
-                arguments |= {"factor": "fp32", "dq_ptr": f"*{dtype}", "dk_ptr": f"*{dtype}"}
+                arguments |= {"factor": "fp32", "dq_ptr": f"*{dtype}", "parts_ptr": "*fp32", "dk_ptr": f"*{dtype}"}
                 arguments |= {"blocks_ptr": listed, "ranks_ptr": listed, "KIND": launch.KINDS[options["kind"]]}
                 arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | options
                 name = f"{kernel} {dtype} D={options['D']} {'plain' if simple else 'heavy'} {tuple(tile)}"
@@ -240,7 +250,9 @@ def table() -> list[str]:
         for case in plain_cases(arch):
             figures, loop = compile_case(case), modelled(case)
             dim, m, n = (case.arguments["student"].D, case.arguments["BLOCK_M"], case.arguments["BLOCK_N"])
-            read = (m if case.kernel == "dk" else n) * dim * 2 * 2 // 1024
+            read = (n if case.kernel in ("forward", "dq") else m) * dim * 2 * 2 // 1024
+            if case.kernel == "fused":
+                read += m * dim * 4 * 2 // 1024  # dq, read and written
             cycles = f"{loop.tensor:.0f} / {loop.special:.0f} / {loop.issue:.0f}"
             lines.append(
                 f"| {arch} | {case.kernel}, {dim} | {m} x {n}, {case.warps}, {case.stages} | {loop.instructions} "

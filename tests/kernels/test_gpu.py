@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 
-from lightning_itk.kernels import launch
+from lightning_itk.kernels import attention_problem, launch
 from lightning_itk.kernels.attention import attention_kl
 from lightning_itk.kernels.gemm import widens
 from lightning_itk.kernels.kl import kl_rows
@@ -199,6 +199,18 @@ def test_attention_masks(kind, dtype):
     assert abs(loss.item() - total) < 1e-3 * total
     assert relative(leaves[0].grad, dq * kept[:, None]) < TOLERANCE[dtype]
     assert relative(leaves[1].grad, dk) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_one_kernel_for_both_gradients_is_deterministic_and_agrees_with_two(kind, monkeypatch):
+    """Each program walks several blocks of keys: what it adds to dq must be seen when it comes by again."""
+    tensors, scales = attention(2, (4, 2, 4, 2), 6000, (128, 128), 0.0, torch.bfloat16)
+    leaves = [x.requires_grad_(n < 2) for n, x in enumerate(tensors)]
+    two = torch.autograd.grad(attention_kl(*leaves, **scales, kind=kind), leaves[:2])
+    monkeypatch.setattr(attention_problem, "FUSED_BACKWARD", True)
+    once, again = (torch.autograd.grad(attention_kl(*leaves, **scales, kind=kind), leaves[:2]) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    assert all(relative(a, b.double()) < TOLERANCE[torch.bfloat16] for a, b in zip(once, two, strict=True))
 
 
 def test_attention_memory_is_linear():

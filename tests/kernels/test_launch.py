@@ -63,3 +63,24 @@ def test_a_card_without_tiles_is_said(card):
     assert text.endswith("found sm_75")
     assert describe_impl("torch", card(7, 5), "forward", 64) == "torch (impl=torch) on cuda:0"
     assert "fp64 precision" in describe_impl("auto", card(9, 0, dtype=torch.float64), "forward")
+
+
+def test_the_fused_backward_kernel_leaves_heavy_problems_to_the_two():
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        for dim in (16, 64, 128):
+            assert launch.fused_tile(arch, dim, 2, True, True)
+            assert launch.fused_tile(arch, dim, 2, True, False)
+        assert launch.fused_tile(arch, 256, 2, True, True) is None
+        assert launch.fused_tile(arch, 128, 4, True, True) is None
+        assert launch.fused_tile(arch, 128, 2, False, False) is None
+    assert launch.fused_tile("gfx942", 128, 2, True, True) is None
+
+
+def test_as_many_splits_as_fill_the_card_within_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    tile = launch.Tile(64, 128, 8, 2)
+    assert launch.fused_splits(CARD, tile, groups=8, blocks=64, part_bytes=1 << 20) == 17
+    assert launch.fused_splits(CARD, tile._replace(warps=4), groups=8, blocks=64, part_bytes=1 << 20) == 33
+    assert launch.fused_splits(CARD, tile, groups=8, blocks=4, part_bytes=1 << 20) == 4
+    assert launch.fused_splits(CARD, tile, groups=8, blocks=64, part_bytes=100 << 20) == 2
+    assert launch.fused_splits(CARD, tile, groups=8, blocks=64, part_bytes=257 << 20) == 0
