@@ -79,7 +79,7 @@ def tokenize(
     """
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     content = content_hash(source, root / "hashes")
-    parts = [FORMAT_VERSION, content, Path(source.path).suffixes if source.is_file else source.split]
+    parts = [FORMAT_VERSION, content, source.files()[0].kind if source.is_file else source.split]
     parts += [sorted((source.columns or {}).items()), encoder.fingerprint(), max_length, prompts]
     parts += [invalid] if invalid != "refuse" else []
     parts += ["tools", tools] if tools != "refuse" else []
@@ -208,7 +208,7 @@ def _write(writer: pa.RecordBatchFileWriter, job: _Job, num_proc: int, progress:
     columns = [SpinnerColumn(), TextColumn("tokenizing {task.description}"), MofNCompleteColumn(), TimeElapsedColumn()]
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
-        task = bar.add_task(Path(job.source.path).name, total=None)
+        task = bar.add_task(job.source.name, total=None)
         for block in _blocks(job, num_proc):
             teacher = np.array([tags.setdefault(tag, len(tags)) for tag in block.tags], np.int32)
             arrays = {**block.columns, "teacher": teacher}

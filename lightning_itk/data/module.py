@@ -24,14 +24,15 @@ from lightning_itk.trainer import replica
 
 
 class InstructionDataModule(L.LightningDataModule):
-    """Batches of instruction data from JSON, JSON Lines (also .gz) and Parquet files or hub data sets.
+    """Batches of instruction data from JSON, JSON Lines (also .gz, .zst) and Parquet files or hub data sets.
 
     Records are conversations (`messages`), Alpaca (`instruction`, `input`, `output`), Dolly (`instruction`, `context`,
     `response`) or `prompt` with `completion`. Every assistant turn is learned, its stop token included, and nothing
     else. The tokens are cached on disk; samples without a learned token left after truncation are dropped and counted.
 
     Args:
-        train: A file or hub name, or several; each may be {path, teacher, weight, columns, split} (or a `Source`).
+        train: A file, folder, glob, URL (s3://, gs://, hf://, …) or hub name, or several; each may be {path, teacher,
+            weight, columns, split} (or a `Source`).
         validation: A share of the training samples (0 = none), or files like `train`.
         test: Files like `train` for the test loop; null = the validation samples, which a warning says.
         predict: Files of prompts for the predict loop; responses in them are ignored.
