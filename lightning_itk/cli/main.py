@@ -29,6 +29,7 @@ STAGES = {
     "validate": "evaluate on the validation data",
     "test": "evaluate on the test data",
     "predict": "answer the prompts of data.predict",
+    "tokenize": "fill the token caches of fit's configuration; --shard i/n: a part, from any scheduler",
 }
 
 
@@ -105,10 +106,14 @@ def _without_nulls(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stage(args: list[str]) -> int:
     from lightning_itk.cli.fit import InstructionCLI
+    from lightning_itk.cli.tokenize import TokenizeCLI
 
     # So that class_path finds a module beside the configuration; last, so it hides nothing.
     sys.path.append(os.getcwd())
-    InstructionCLI.start(args)
+    if args[0] == "tokenize":
+        TokenizeCLI.start(["fit", *args[1:]])
+    else:
+        InstructionCLI.start(args)
     return 0
 
 

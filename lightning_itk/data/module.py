@@ -1,5 +1,6 @@
 """InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,13 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_itk.data.cache import tokenize
+from lightning_itk.data.cache import tokenize, tokenize_shard
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.loader import ResumableLoader, SampleSet
+from lightning_itk.data.pieces import Shard
 from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sampler import BatchSampler, MixedSource
 from lightning_itk.data.samples import TokenizedSource, report
-from lightning_itk.data.sources import Sources, as_sources
+from lightning_itk.data.sources import Source, Sources, as_sources
 from lightning_itk.data.special_tokens import SpecialTokens
 from lightning_itk.data.subset import Subset, choose, held_out
 from lightning_itk.data.tools import Tools
@@ -171,6 +173,11 @@ class InstructionDataModule(L.LightningDataModule):
         for name in self.sources:
             self._tokenized(name, progress=True)
 
+    def prepare_shard(self, shard: Shard) -> list[tuple[str, list[int]]]:
+        """Tokenize one shard's part, as `lightning-itk tokenize` does: each source and the shards that it waits for."""
+        given = [found for name in self.sources for found in self._to_tokenize(name)]
+        return [(args[0].name, tokenize_shard(*args, shard, **options)) for args, options in given]
+
     def setup(self, stage: str | None = None) -> None:
         """Open the caches. stage: fit, validate, test, predict or None for all."""
         needed = {
@@ -264,20 +271,12 @@ class InstructionDataModule(L.LightningDataModule):
         return self._encoder
 
     def _tokenized(self, name: str, *, progress: bool) -> list[TokenizedSource]:
-        return [
-            tokenize(
-                source,
-                self.encoder,
-                self.max_length,
-                cache_dir=self.cache_dir,
-                num_proc=self.num_proc,
-                prompts=name == "predict",
-                invalid=self.invalid,
-                tools=self.tools,
-                progress=progress,
-            )
-            for source in self.sources[name]
-        ]
+        return [tokenize(*given, **options, progress=progress) for given, options in self._to_tokenize(name)]
+
+    def _to_tokenize(self, name: str) -> Iterator[tuple[tuple[Source, ChatEncoder, int], dict[str, Any]]]:
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "num_proc": self.num_proc, "prompts": name == "predict"}
+        options |= {"invalid": self.invalid, "tools": self.tools}
+        yield from (((source, self.encoder, self.max_length), options) for source in self.sources[name])
 
     def _set(self, name: str) -> SampleSet:
         if name not in self._sets:

@@ -113,6 +113,7 @@ class Chunk(NamedTuple):
     first: int  # index of the first record in the source
     places: list[int]  # 1-based line or record numbers in the file
     raw: list[Any]  # bytes (a line of JSON) or what a parser returned
+    at: tuple[int, int] = (0, 0)  # number of its part of the source, and its own number in that
 
     def original(self, record: Record) -> Any:
         """A checked record of this chunk as it came, parsed, with all its columns."""
@@ -124,6 +125,7 @@ class Part(NamedTuple):
     """What of a source is read in one go: a file, or a data set of the hub."""
 
     source: Source
+    number: int
     file: DataFile | None
 
     def chunks(self, first: int = 0) -> Iterator[Chunk]:
@@ -132,22 +134,23 @@ class Part(NamedTuple):
         name = self.file.name if self.file else self.source.path
         places: list[int] = []
         raw: list[Any] = []
-        size = 0
+        size = number = 0
         for place, record in records:
             places.append(place)
             raw.append(record)
             size += len(record) if isinstance(record, bytes) else 1000
             if len(raw) >= _CHUNK_RECORDS or size >= _CHUNK_BYTES:
-                yield Chunk(name, unit, first, places, raw)
-                first, size, places, raw = first + len(raw), 0, [], []
+                yield Chunk(name, unit, first, places, raw, (self.number, number))
+                first, size, places, raw, number = first + len(raw), 0, [], [], number + 1
         if raw:
-            yield Chunk(name, unit, first, places, raw)
+            yield Chunk(name, unit, first, places, raw, (self.number, number))
 
 
 def parts(source: Source) -> list[Part]:
     """The parts of a source, in order. Raises DataError as `read_chunks`."""
     source.check()
-    return [Part(source, file) for file in source.files()] if source.is_file else [Part(source, None)]
+    files: list[DataFile | None] = [*source.files()] if source.is_file else [None]
+    return [Part(source, number, file) for number, file in enumerate(files)]
 
 
 def read_chunks(source: Source) -> Iterator[Chunk]:

@@ -14,12 +14,12 @@ import pytest
 from fuzz.engine import one_line
 from tiny import byte_tokenizer
 
-from lightning_itk.data import cache
+from lightning_itk.data import blocks, cache
 from lightning_itk.data import samples as tokenized
-from lightning_itk.data.cache import CUT_OFF, TOO_LONG, tokenize
+from lightning_itk.data.cache import tokenize
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.records import DataError
-from lightning_itk.data.samples import TokenizedSource
+from lightning_itk.data.samples import CUT_OFF, TOO_LONG, TokenizedSource
 from lightning_itk.data.sources import Source, read
 
 ENCODER = ChatEncoder(byte_tokenizer())
@@ -274,7 +274,7 @@ def test_builds_of_other_machines_and_containers_are_left_alone(
 
 def test_the_tokenizers_threads_are_off_in_worker_processes_only(tmp_path: Path, monkeypatch) -> None:
     """A few chunks are done in this process, where they are the only parallelism; a fork after them does no harm."""
-    work = cache._work
+    work = blocks._work
 
     def noted(job, chunk):
         with (tmp_path / "seen").open("a") as file:
@@ -282,7 +282,7 @@ def test_the_tokenizers_threads_are_off_in_worker_processes_only(tmp_path: Path,
         return work(job, chunk)
 
     parent = os.getpid()
-    monkeypatch.setattr(cache, "_work", noted)
+    monkeypatch.setattr(blocks, "_work", noted)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     for count, expected in ((600, "True true"), (3000, "False false"), (600, "True true")):
         folder = tmp_path / str(count)
