@@ -27,11 +27,11 @@ from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.content import content_hash
 from lightning_itk.data.pieces import Pieces, Shard, write_piece
 from lightning_itk.data.records import DataError, Fingerprint, Invalid
-from lightning_itk.data.samples import SCHEMA, Summary, TokenizedSource
+from lightning_itk.data.samples import SCHEMA, Summary, TokenizedSource, index_samples
 from lightning_itk.data.sources import Source, no_records, read_chunks
 from lightning_itk.data.tools import Tools
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _ABANDONED = 24 * 3600  # seconds without a write
 _PLACES = 10  # of records that cannot be used are named
@@ -175,6 +175,7 @@ def _build(folder: Path, job: Job, blocks: Iterable[Block], progress: bool) -> N
             partial.mkdir()
             with pa.OSFile(str(partial / "samples.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
                 summary = _write(writer, job.source, blocks, progress)
+            index_samples(partial)
             (partial / "summary.json").write_text(summary.to_json())
             partial.rename(folder)
     finally:

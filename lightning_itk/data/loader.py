@@ -31,25 +31,30 @@ class SampleSet(Dataset[list[Sample]]):
     """
 
     def __init__(self, sources: Sequence[TokenizedSource], tags: Sequence[str | None]) -> None:
-        self._sources = list(sources)
+        self._sources, self._tags = list(sources), list(tags)
         offsets = np.cumsum([0, *(source.summary.records for source in sources)])
         teachers: dict[str, int] = {}
         teacher_ids = []
         for source, tag in zip(sources, tags, strict=True):
             names = source.summary.teachers if tag is None else [tag] * len(source.summary.teachers)
             local = np.array([teachers.setdefault(name, len(teachers)) for name in names], np.int32)
-            teacher_ids.append(local[source.teacher])
+            plain = np.array_equal(local, np.arange(len(local)))
+            teacher_ids.append(source.teacher if plain else local[source.teacher])
         self.teachers = tuple(teachers) or ("",)
         self._starts = np.cumsum([0, *map(len, sources)])
-        self.lengths = np.concatenate([source.lengths for source in sources])
-        self.learned = np.concatenate([source.learned for source in sources])
-        self.response_chars = np.concatenate([source.response_chars for source in sources])
-        self.digests = np.concatenate([source.digest for source in sources])
-        self.sample_ids = np.concatenate([s.record + start for s, start in zip(sources, offsets, strict=False)])
-        self.teacher_ids = np.concatenate(teacher_ids)
-        self.source_ids = np.repeat(np.arange(len(sources)), list(map(len, sources)))
+        self.lengths = _joined([source.lengths for source in sources])
+        self.learned = _joined([source.learned for source in sources])
+        self.response_chars = _joined([source.response_chars for source in sources])
+        self.digests = _joined([source.digest for source in sources])
+        starts = zip(sources, offsets[:-1].tolist(), strict=True)
+        self.sample_ids = _joined([s.record + start if start else s.record for s, start in starts])
+        self.teacher_ids = _joined(teacher_ids)
+        self.source_ids = _joined([np.broadcast_to(np.int32(i), len(source)) for i, source in enumerate(sources)])
         self.max_token_id = max(source.summary.max_token_id for source in sources)
         self.fingerprint = joint_fingerprint(source.summary.fingerprint for source in sources)
+
+    def __reduce__(self) -> tuple[type["SampleSet"], tuple[Any, ...]]:
+        return SampleSet, (self._sources, self._tags)  # spawned loader workers map the files themselves
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -62,6 +67,11 @@ class SampleSet(Dataset[list[Sample]]):
         source = int(self.source_ids[index])
         encoded = self._sources[source][index - int(self._starts[source])]
         return Sample(encoded.input_ids, encoded.labels(), int(self.sample_ids[index]), int(self.teacher_ids[index]))
+
+
+def _joined(columns: list[np.ndarray]) -> np.ndarray:
+    """Columns one after the other; a single one stays mapped."""
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
 
 def collate(rows: list[list[Sample]], *, pad_id: int, teachers: tuple[str, ...], packing: bool) -> Batch:

@@ -198,10 +198,9 @@ class InstructionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         samples = self._set("train")
         chosen = self._chosen
-        mixed = [
-            MixedSource(chosen[samples.source_ids[chosen] == number], source.weight)
-            for number, source in enumerate(self.sources["train"])
-        ]
+        weights = [source.weight for source in self.sources["train"]]
+        of = samples.source_ids[chosen] if len(weights) > 1 else None
+        mixed = [MixedSource(chosen if of is None else chosen[of == i], weight) for i, weight in enumerate(weights)]
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         self._train_loader = self._loader(
             samples,
@@ -289,7 +288,8 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _split(self) -> None:
         out = held_out(self._set("train").digests, self.validation_share, self.seed)
-        self._held_out, self._pool = np.flatnonzero(out), np.flatnonzero(~out)
+        numbers = np.int32 if len(out) <= np.iinfo(np.int32).max else np.int64  # half the memory of every rank
+        self._held_out, self._pool = np.flatnonzero(out).astype(numbers), np.flatnonzero(~out).astype(numbers)
 
     def _choose(self) -> np.ndarray:
         """The samples to train on."""

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from lightning_itk.data import blocks, cache
 from lightning_itk.data import samples as tokenized
 from lightning_itk.data.cache import tokenize
 from lightning_itk.data.chat import ChatEncoder
+from lightning_itk.data.loader import SampleSet
 from lightning_itk.data.records import DataError
 from lightning_itk.data.samples import CUT_OFF, TOO_LONG, TokenizedSource
 from lightning_itk.data.sources import Source, read
@@ -171,7 +173,7 @@ def test_broken_cache_is_named(tmp_path: Path) -> None:
         TokenizedSource(tokenized.folder)
 
 
-@pytest.mark.parametrize("name", ["samples.arrow", "summary.json"])
+@pytest.mark.parametrize("name", ["samples.arrow", "summary.json", "columns/tokens_at.npy", "columns/ends.npy"])
 def test_no_damage_to_a_cache_is_taken_for_samples(tmp_path: Path, name: str) -> None:
     made = tokenize(write(tmp_path, records(8)), ENCODER, 100, cache_dir=tmp_path)
     file = made.folder / name
@@ -180,11 +182,12 @@ def test_no_damage_to_a_cache_is_taken_for_samples(tmp_path: Path, name: str) ->
     for damaged in [whole[:0], *(whole[:i] + bytes(4) + whole[i + 4 :] for i in places), *(whole[:i] for i in places)]:
         file.write_bytes(damaged)  # some of it once read memory that is nobody's
         try:
-            found = TokenizedSource(made.folder)
+            found = content(TokenizedSource(made.folder))  # spans are looked at when they are read
         except DataError as error:
             one_line(error, f"{made.folder}: broken cache (")
         else:
-            assert len(content(found)) == len(expected)
+            assert len(found) == len(expected)
+            assert [len(ids) for ids, _ in found] == [len(ids) for ids, _ in expected]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,24 @@ def test_a_summary_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str
     path.write_text(json.dumps({**fields, "check": tokenized._check_sum(fields)}))
     with pytest.raises(DataError, match=message):
         TokenizedSource(made.folder)
+
+
+def test_nothing_of_every_sample_is_copied(tmp_path: Path, source: Source) -> None:
+    """What a run asks of all samples before it begins lies in files that the ranks of a node share."""
+    made = tokenize(source, ENCODER, 100, cache_dir=tmp_path)
+    one = SampleSet([made], [None])
+    columns = (one.lengths, one.learned, one.response_chars, one.digests, one.sample_ids, one.teacher_ids)
+    for column in columns:
+        assert isinstance(column.base, np.memmap)
+    assert one.source_ids.strides == (0,)
+    assert len(pickle.dumps(one)) < 2000  # what a spawned loader worker is sent
+    again = pickle.loads(pickle.dumps(one))
+    assert again.sample_ids.tolist() == one.sample_ids.tolist()
+    two = SampleSet([made, made], ["a", None])
+    assert two.sample_ids.tolist() == [*made.record.tolist(), *(made.record + 3000).tolist()]
+    assert two.source_ids.tolist() == [0] * len(made) + [1] * len(made)
+    assert [two.teachers[i] for i in two.teacher_ids[: len(made)]] == ["a"] * len(made)
+    assert [two.teachers[i] for i in two.teacher_ids[len(made) :]] == [made.summary.teachers[i] for i in made.teacher]
 
 
 def test_pages_are_handed_back(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
