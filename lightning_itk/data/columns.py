@@ -1,9 +1,11 @@
 """What is known of every sample of a cache, one .npy file per column: mapped, so that all ranks of a node share it."""
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -48,6 +50,21 @@ def map_columns(folder: Path, count: int, dtypes: Mapping[str, Any]) -> dict[str
             raise ValueError(f"{len(column)} samples, the summary says {count}")
         found[name] = np.asarray(column)
     return found
+
+
+def shared_columns(
+    folder: Path, count: int, blocks: Callable[[], Iterable[Mapping[str, np.ndarray]]], dtypes: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The columns of a folder, which whoever comes first writes. Raises OSError and ValueError."""
+    if not folder.exists():
+        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
+        try:
+            write_columns(partial, blocks(), dtypes)
+            with suppress(OSError):  # another process may have been faster
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return map_columns(folder, count, dtypes)
 
 
 def every(test: Callable[..., Any], *columns: np.ndarray) -> bool:

@@ -170,8 +170,10 @@ class InstructionDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize what is not cached. Lightning calls it in one process of each machine."""
-        for name in self.sources:
-            self._tokenized(name, progress=True)
+        for name, sources in self.sources.items():
+            tokenized = self._tokenized(name, progress=True)
+            if len(sources) > 1:
+                SampleSet(tokenized, [source.teacher for source in sources])  # its columns, before all ranks ask
 
     def prepare_shard(self, shard: Shard) -> list[tuple[str, list[int]]]:
         """Tokenize one shard's part, as `lightning-itk tokenize` does: each source and the shards that it waits for."""

@@ -15,7 +15,8 @@ import pytest
 from fuzz.engine import one_line
 from tiny import byte_tokenizer
 
-from lightning_itk.data import blocks, cache
+from lightning_itk.data import blocks, cache, loader
+from lightning_itk.data import columns as columns_module
 from lightning_itk.data import samples as tokenized
 from lightning_itk.data.cache import tokenize
 from lightning_itk.data.chat import ChatEncoder
@@ -215,18 +216,40 @@ def test_a_summary_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str
         TokenizedSource(made.folder)
 
 
-def test_nothing_of_every_sample_is_copied(tmp_path: Path, source: Source) -> None:
+def mapped(column: Any) -> bool:
+    """Whether an array is a view of a file."""
+    while isinstance(column, np.ndarray) and not isinstance(column, np.memmap):
+        column = column.base
+    return isinstance(column, np.memmap)
+
+
+def test_nothing_of_every_sample_is_copied(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run asks of all samples before it begins lies in files that the ranks of a node share."""
     made = tokenize(source, ENCODER, 100, cache_dir=tmp_path)
     one = SampleSet([made], [None])
     columns = (one.lengths, one.learned, one.response_chars, one.digests, one.sample_ids, one.teacher_ids)
     for column in columns:
-        assert isinstance(column.base, np.memmap)
+        assert mapped(column)
     assert one.source_ids.strides == (0,)
     assert len(pickle.dumps(one)) < 2000  # what a spawned loader worker is sent
     again = pickle.loads(pickle.dumps(one))
     assert again.sample_ids.tolist() == one.sample_ids.tolist()
+    in_memory = SampleSet([made, made], ["a", None])
+    assert not mapped(in_memory.lengths)
+    monkeypatch.setattr(loader, "_SHARED_SAMPLES", 1000)
     two = SampleSet([made, made], ["a", None])
+    for name in loader._COLUMNS:
+        assert mapped(getattr(two, name))
+        assert (getattr(two, name) == getattr(in_memory, name)).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(columns_module, "write_columns", None)  # the next rank writes nothing
+        assert mapped(SampleSet([made, made], ["a", None]).digests)
+    assert SampleSet([made, made], [None, "b"]).teacher_ids.tolist() != two.teacher_ids.tolist()
+    for place in tmp_path.glob("*.columns"):
+        (place / "digests.npy").unlink()  # those that map it keep it
+        (place / "digests.npy").write_bytes(b"broken")
+    again = SampleSet([made, made], ["a", None])
+    assert again.digests.tolist() == two.digests.tolist()
     assert two.sample_ids.tolist() == [*made.record.tolist(), *(made.record + 3000).tolist()]
     assert two.source_ids.tolist() == [0] * len(made) + [1] * len(made)
     assert [two.teachers[i] for i in two.teacher_ids[: len(made)]] == ["a"] * len(made)
