@@ -15,8 +15,8 @@ from lightning_itk.data.sources import Source, load_hub
 from lightning_itk.files import atomic_write
 
 _SETTLED = 2.0  # seconds: file systems may date two changes within that time alike
-# What file systems call a hash of what a file holds: S3, Google, Azure, Hugging Face.
-_CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "sha256", "checksum")
+# What file systems call a hash of what a file holds, the plainest first: Google, Azure, Hugging Face, S3.
+_CHECKSUMS = ("sha256", "md5Hash", "content_md5", "blob_id", "checksum", "ETag", "etag")
 
 
 def content_hash(source: Source, notes: Path | None = None) -> str:
