@@ -42,7 +42,7 @@ def generate_responses(
 
     Args:
         model: Folder or hub name of the model, with its tokenizer.
-        prompts: File or hub name of the prompts; responses in it are ignored.
+        prompts: File, folder, glob, URL or hub name of the prompts; responses in it are ignored.
         output: JSON Lines file to write: the prompts' columns, response, and whether the model ended it.
         max_new_tokens: Longest response.
         batch_size: Prompts at once, of similar length.

@@ -32,6 +32,11 @@ CONFIGURED = {
         "cache_teacher",
         "run a configuration's teachers once, for many students",
     ),
+    "tokenize": (
+        "cli.tokenize",
+        "tokenize_data",
+        "fill the token caches of a configuration; --shard i/n: a part, from any scheduler",
+    ),
 }
 STAGES = {
     "fit": "train",

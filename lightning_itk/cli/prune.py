@@ -43,7 +43,7 @@ def prune_model(
         model: Folder or hub name of the model, with its tokenizer.
         layers: How many layers to keep (those of greatest block influence on `data`), every:N, or which: 0,1,5.
         output: Folder to write.
-        data: Calibration records, a file or hub name, for a number of layers; a few dozen are enough.
+        data: Calibration records, as in data.train, for a number of layers; a few dozen are enough.
         limit: Read only so many records, the first.
         max_length: Tokens of a record, prompt and response, that are used.
         dtype: Precision of the weights; auto keeps the model's.
@@ -67,7 +67,7 @@ def prune_model(
         source = one_source(data, "data")
         records = list(islice(read(source, tools=tools), limit))
         if not records:
-            raise DataError(f"{source.path}: holds no records")
+            raise DataError(f"{source.name}: holds no records")
         encoded = encoder.encode([record.messages for record in records], max_length)
         sequences = [conversation.truncated(max_length).input_ids for conversation in encoded]
     whole = load_causal_lm(model, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -6,12 +6,14 @@ Records are read twice, piece by piece, so that only what a selection needs of e
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_itk.data.locations import local_path
 from lightning_itk.data.records import DataError, Fingerprint, Invalid, Message, Record, joint_fingerprint
 from lightning_itk.data.sources import Source, parse_chunk, read_chunks
 from lightning_itk.data.tools import Tools
@@ -80,8 +82,12 @@ def text_to_embed(record: Record, _: Any) -> str:
 def check_not_data(path: str | Path, sources: Iterable[Source]) -> None:
     """Refuse to write over the data themselves. Raises DataError."""
     for source in sources:
-        if source.is_file and Path(source.path).expanduser().resolve() == Path(path).resolve():
-            raise DataError(f"{path}: is the data itself, name another file for the output")
+        if source.is_file and (place := local_path(source.path)) is not None:
+            own, target = place.resolve(), Path(path).expanduser().resolve()
+            if target == own:
+                raise DataError(f"{path}: is the data itself, name another file for the output")
+            if place.is_dir() and own in target.parents or fnmatch(str(target), str(place)):
+                raise DataError(f"{path}: would be read as data of {source.path}, name another place for the output")
 
 
 def write_records(path: str | Path, sources: Sequence[Source], chosen: ArrayLike) -> None:

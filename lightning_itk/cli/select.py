@@ -37,7 +37,7 @@ def select_records(
 
     Args:
         scores: Scores file of ResponseLossRecorder, made on these data.
-        data: The data that were scored: a file or hub name, or several, as in data.train.
+        data: The data that were scored: a file, folder, glob, URL or hub name, or several, as in data.train.
         output: JSON Lines file to write: the chosen records as they are, in their order.
         fraction: Share of the scored records, in (0, 1].
         metric: lp_app or lp (learning percentage), loss (before training), length (response tokens) or random.
@@ -100,7 +100,7 @@ def select_records(
 
     groups, kind = labels, "cluster"
     if groups is None and len(sources) > 1:
-        names = [Path(source.path).name for source in sources]
+        names = [source.name for source in sources]
         groups, kind = np.repeat(names, found.source)[recorded.record], "source"
     draw_selection(picture, values, recorded.tokens, chosen, metric=ranked, groups=groups, group_kind=kind)
     note_output(picture)

@@ -1,5 +1,8 @@
 """From tokenized sources to batches, and a loader that resumes in the middle of an epoch."""
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -9,10 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, identity, pack, pad
+from lightning_itk.data.columns import shared_columns
 from lightning_itk.data.records import joint_fingerprint
 from lightning_itk.data.sampler import BatchSampler
 from lightning_itk.data.samples import TokenizedSource
 from lightning_itk.position import StepPlan
+
+_SHARED_SAMPLES = 1 << 20  # so many samples of several sources are worth files of their own
 
 
 class SampleSet(Dataset[list[Sample]]):
@@ -30,26 +36,29 @@ class SampleSet(Dataset[list[Sample]]):
         fingerprint: hash of the records of all sources in their order, whatever the tokenizer.
     """
 
+    lengths: np.ndarray
+    learned: np.ndarray
+    response_chars: np.ndarray
+    sample_ids: np.ndarray
+    teacher_ids: np.ndarray
+    source_ids: np.ndarray
+    digests: np.ndarray
+
     def __init__(self, sources: Sequence[TokenizedSource], tags: Sequence[str | None]) -> None:
-        self._sources = list(sources)
-        offsets = np.cumsum([0, *(source.summary.records for source in sources)])
+        self._sources, self._tags = list(sources), list(tags)
         teachers: dict[str, int] = {}
-        teacher_ids = []
+        numbers = []
         for source, tag in zip(sources, tags, strict=True):
             names = source.summary.teachers if tag is None else [tag] * len(source.summary.teachers)
-            local = np.array([teachers.setdefault(name, len(teachers)) for name in names], np.int32)
-            teacher_ids.append(local[source.teacher])
+            numbers.append(np.array([teachers.setdefault(name, len(teachers)) for name in names], np.int32))
         self.teachers = tuple(teachers) or ("",)
         self._starts = np.cumsum([0, *map(len, sources)])
-        self.lengths = np.concatenate([source.lengths for source in sources])
-        self.learned = np.concatenate([source.learned for source in sources])
-        self.response_chars = np.concatenate([source.response_chars for source in sources])
-        self.digests = np.concatenate([source.digest for source in sources])
-        self.sample_ids = np.concatenate([s.record + start for s, start in zip(sources, offsets, strict=False)])
-        self.teacher_ids = np.concatenate(teacher_ids)
-        self.source_ids = np.repeat(np.arange(len(sources)), list(map(len, sources)))
+        vars(self).update(_columns(self._sources, numbers))
         self.max_token_id = max(source.summary.max_token_id for source in sources)
         self.fingerprint = joint_fingerprint(source.summary.fingerprint for source in sources)
+
+    def __reduce__(self) -> tuple[type["SampleSet"], tuple[Any, ...]]:
+        return SampleSet, (self._sources, self._tags)  # spawned loader workers map the files themselves
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -67,6 +76,57 @@ class SampleSet(Dataset[list[Sample]]):
         source = int(self.source_ids[index])
         encoded = self._sources[source][index - int(self._starts[source])]
         return Sample(encoded.input_ids, encoded.labels(), int(self.sample_ids[index]), int(self.teacher_ids[index]))
+
+
+_COLUMNS = {
+    "lengths": np.int32,
+    "learned": np.int32,
+    "response_chars": np.int32,
+    "sample_ids": np.int64,
+    "teacher_ids": np.int32,
+    "source_ids": np.int32,
+    "digests": np.uint64,
+}
+
+
+def _columns(sources: list[TokenizedSource], teachers: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of the sources, one after the other: those of one as they are mapped, those of many samples in
+    several mapped from files beside the caches, which all ranks of a node share, and else in memory.
+
+    Args:
+        sources: the sources.
+        teachers: of each the numbers that the set has for its tags.
+    """
+    first = np.cumsum([0, *(source.summary.records for source in sources)]).tolist()
+
+    def of(number: int, start: int = 0, end: int | None = None) -> dict[str, np.ndarray]:
+        source, some = sources[number], slice(start, end)
+        found = {name: getattr(source, name)[some] for name in ("lengths", "learned", "response_chars")}
+        record, teacher, known = source.record[some], source.teacher[some], teachers[number]
+        plain = np.array_equal(known, np.arange(len(known)))
+        return found | {
+            "sample_ids": record + first[number] if first[number] else record,
+            "teacher_ids": teacher if plain else known[teacher],
+            "source_ids": np.broadcast_to(np.int32(number), len(record)),
+            "digests": source.digest[some],
+        }
+
+    if len(sources) == 1:
+        return of(0)
+    count = sum(map(len, sources))
+    if count >= _SHARED_SAMPLES:
+        parts = [[source.folder.name, known.tolist()] for source, known in zip(sources, teachers, strict=True)]
+        name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        blocks = [
+            (number, start, start + _SHARED_SAMPLES)
+            for number, source in enumerate(sources)
+            for start in range(0, len(source), _SHARED_SAMPLES)
+        ]
+        place = sources[0].folder.with_name(f"{name}.columns")
+        with contextlib.suppress(OSError, ValueError):  # where nothing can be written, memory has to do
+            return shared_columns(place, count, lambda: (of(*block) for block in blocks), _COLUMNS)
+    found = [of(number) for number in range(len(sources))]
+    return {name: np.concatenate([columns[name] for columns in found]) for name in _COLUMNS}
 
 
 def collate(rows: list[list[Sample]], *, pad_id: int, teachers: tuple[str, ...], packing: bool) -> Batch:

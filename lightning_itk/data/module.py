@@ -1,5 +1,6 @@
 """InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
 
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import lightning as L
@@ -8,13 +9,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_itk.data.cache import tokenize
+from lightning_itk.data.cache import tokenize, tokenize_shard
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.loader import ResumableLoader, SampleSet
+from lightning_itk.data.pieces import Shard
 from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sampler import BatchSampler, MixedSource
 from lightning_itk.data.samples import TokenizedSource, report
-from lightning_itk.data.sources import Sources, as_sources
+from lightning_itk.data.sources import Source, Sources, as_sources
 from lightning_itk.data.special_tokens import SpecialTokens
 from lightning_itk.data.subset import Subset, choose, held_out
 from lightning_itk.data.template import read_template
@@ -24,14 +26,15 @@ from lightning_itk.trainer import replica
 
 
 class InstructionDataModule(L.LightningDataModule):
-    """Batches of instruction data from JSON, JSON Lines (also .gz) and Parquet files or hub data sets.
+    """Batches of instruction data from JSON, JSON Lines (also .gz, .zst) and Parquet files or hub data sets.
 
     Records are conversations (`messages`), Alpaca (`instruction`, `input`, `output`), Dolly (`instruction`, `context`,
     `response`) or `prompt` with `completion`. Every assistant turn is learned, its stop token included, and nothing
     else. The tokens are cached on disk; samples without a learned token left after truncation are dropped and counted.
 
     Args:
-        train: A file or hub name, or several; each may be {path, teacher, weight, columns, split} (or a `Source`).
+        train: A file, folder, glob, URL (s3://, gs://, hf://, …) or hub name, or several; each may be {path, teacher,
+            weight, columns, split} (or a `Source`).
         validation: A share of the training samples (0 = none), or files like `train`.
         test: Files like `train` for the test loop; null = the validation samples, which a warning says.
         predict: Files of prompts for the predict loop; responses in them are ignored.
@@ -181,8 +184,15 @@ class InstructionDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize what is not cached. Lightning calls it in one process of each machine."""
-        for name in self.sources:
-            self._tokenized(name, progress=True)
+        for name, sources in self.sources.items():
+            tokenized = self._tokenized(name, progress=True)
+            if len(sources) > 1:
+                SampleSet(tokenized, [source.teacher for source in sources])  # its columns, before all ranks ask
+
+    def prepare_shard(self, shard: Shard) -> list[tuple[str, list[int]]]:
+        """Tokenize one shard's part, as `lightning-itk tokenize` does: each source and the shards that it waits for."""
+        given = [found for name in self.sources for found in self._to_tokenize(name)]
+        return [(args[0].name, tokenize_shard(*args, shard, **options)) for args, options in given]
 
     def setup(self, stage: str | None = None) -> None:
         """Open the caches. stage: fit, validate, test, predict or None for all."""
@@ -204,10 +214,9 @@ class InstructionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         samples = self._set("train")
         chosen = self._chosen
-        mixed = [
-            MixedSource(chosen[samples.source_ids[chosen] == number], source.weight)
-            for number, source in enumerate(self.sources["train"])
-        ]
+        weights = [source.weight for source in self.sources["train"]]
+        of = samples.source_ids[chosen] if len(weights) > 1 else None
+        mixed = [MixedSource(chosen if of is None else chosen[of == i], weight) for i, weight in enumerate(weights)]
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         self._train_loader = self._loader(
             samples,
@@ -277,20 +286,12 @@ class InstructionDataModule(L.LightningDataModule):
         return self._encoder
 
     def _tokenized(self, name: str, *, progress: bool) -> list[TokenizedSource]:
-        return [
-            tokenize(
-                source,
-                self.encoder,
-                self.max_length,
-                cache_dir=self.cache_dir,
-                num_proc=self.num_proc,
-                prompts=name == "predict",
-                invalid=self.invalid,
-                tools=self.tools,
-                progress=progress,
-            )
-            for source in self.sources[name]
-        ]
+        return [tokenize(*given, **options, progress=progress) for given, options in self._to_tokenize(name)]
+
+    def _to_tokenize(self, name: str) -> Iterator[tuple[tuple[Source, ChatEncoder, int], dict[str, Any]]]:
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "num_proc": self.num_proc, "prompts": name == "predict"}
+        options |= {"invalid": self.invalid, "tools": self.tools}
+        yield from (((source, self.encoder, self.max_length), options) for source in self.sources[name])
 
     def _set(self, name: str) -> SampleSet:
         if name not in self._sets:
@@ -303,7 +304,8 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _split(self) -> None:
         out = held_out(self._set("train").digests, self.validation_share, self.seed)
-        self._held_out, self._pool = np.flatnonzero(out), np.flatnonzero(~out)
+        numbers = np.int32 if len(out) <= np.iinfo(np.int32).max else np.int64  # half the memory of every rank
+        self._held_out, self._pool = np.flatnonzero(out).astype(numbers), np.flatnonzero(~out).astype(numbers)
 
     def _choose(self) -> np.ndarray:
         """The samples to train on."""

@@ -7,6 +7,7 @@ A row is one sample, or one pack of samples.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -97,12 +98,12 @@ class BatchSampler:
         self.lengths = np.asarray(lengths)
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.shuffle, self.pack_to, self.longest_first, self.seed = shuffle, pack_to, longest_first, seed
-        self.sources = list(sources) if sources is not None else [MixedSource(np.arange(len(self.lengths)))]
+        self.sources = list(sources) if sources is not None else [MixedSource(_numbers(len(self.lengths)))]
         self.epoch = 0
         self._rows: tuple[int, Rows] | None = None
         # Lightning asks for the length once. Packs of a sample that changes every epoch may differ in number, so the
         # number of the first epoch holds for all.
-        self._count = len(self._plan(0))
+        self._count = len(self._plan(0)) if pack_to is not None else sum(map(_size, self.sources))
         self.step_plan = StepPlan(self._count, batch_size, accumulate, world)
 
     def set_epoch(self, epoch: int) -> None:
@@ -153,8 +154,11 @@ class BatchSampler:
 
     def _make_plan(self, epoch: int) -> Rows:
         rng = np.random.default_rng([self.seed, epoch])
-        samples = np.concatenate([np.empty(0, np.int64), *(_drawn(source, rng) for source in self.sources)])
-        samples = rng.permutation(samples) if self.shuffle else np.sort(samples)
+        samples = np.concatenate([_numbers(0), *(_drawn(source, rng) for source in self.sources)])
+        if self.shuffle:
+            rng.shuffle(samples)
+        else:
+            samples.sort()
         if self.longest_first:
             samples = samples[np.argsort(-self.lengths[samples], kind="stable")]
         if self.pack_to is not None:
@@ -163,14 +167,22 @@ class BatchSampler:
             return packs.take(rng.permutation(len(packs))) if self.shuffle else packs
         if self.shuffle:
             step = self.batch_size * self.accumulate * self.world
-            samples = _grouped_by_length(samples, self.lengths[samples], step, rng)
-        return Rows(samples, np.arange(len(samples) + 1))
+            samples = _grouped_by_length(samples, self.lengths, step, rng)
+        return Rows(samples, _numbers(len(samples) + 1))
+
+
+def _numbers(count: int) -> np.ndarray:
+    """0, 1, … in as few bytes as that takes: a plan holds one for every sample."""
+    return np.arange(count, dtype=np.int32 if count <= np.iinfo(np.int32).max else np.int64)
+
+
+def _size(source: MixedSource) -> int:
+    return round(source.weight * len(source.samples))
 
 
 def _drawn(source: MixedSource, rng: np.random.Generator) -> np.ndarray:
     """round(weight * n) samples: whole repeats and a random choice for the rest."""
-    count = len(source.samples)
-    repeats, rest = divmod(round(source.weight * count), count) if count else (0, 0)
+    repeats, rest = divmod(_size(source), len(source.samples)) if len(source.samples) else (0, 0)
     return np.concatenate([np.tile(source.samples, repeats), rng.choice(source.samples, rest, replace=False)])
 
 
@@ -179,7 +191,11 @@ def _grouped_by_length(samples: np.ndarray, lengths: np.ndarray, step: int, rng:
     full = len(samples) // step
     least = int(np.clip(len(samples) // _POOL_SAMPLES, _LEAST_POOLS, _MOST_LEAST_POOLS))
     pools = max(1, min(full, max(least, -(-full // _POOL_STEPS))))
-    step_of = np.minimum(np.arange(len(samples)) // step, max(full - 1, 0))  # the rest goes with the last full step
-    grouped = samples[np.lexsort((-lengths, step_of * pools // max(full, 1)))]
-    shuffled = grouped[: full * step].reshape(full, step)[rng.permutation(full)]
-    return np.concatenate([shuffled.ravel(), grouped[full * step :]])
+    # A pool begins with a full step; the rest goes with the last one.
+    starts = [-(-pool * full // pools) * step for pool in range(pools)]
+    grouped = np.empty_like(samples)
+    for start, end in pairwise([*starts, len(samples)]):  # pool by pool: no copies of all, and faster than all at once
+        grouped[start:end] = samples[start:end][np.argsort(-lengths[samples[start:end]], kind="stable")]
+    samples[: full * step].reshape(full, step)[:] = grouped[: full * step].reshape(full, step)[rng.permutation(full)]
+    samples[full * step :] = grouped[full * step :]
+    return samples

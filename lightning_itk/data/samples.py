@@ -14,6 +14,7 @@ import pyarrow as pa
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_itk.data.chat import Encoded
+from lightning_itk.data.columns import every, map_columns, write_columns
 from lightning_itk.data.records import DataError
 
 CUT_OFF = "response cut off by max_length"
@@ -91,87 +92,123 @@ def report(name: str, summaries: Sequence[Summary], max_length: int) -> None:
         rank_zero_warn(f"{name}: {share:.0%} of the records were dropped: {reasons}")
 
 
+# Of each sample: what a run asks of all of them before it has read any, and where the rest is in samples.arrow.
+_COLUMNS = {
+    "lengths": np.int32,
+    "learned": np.int32,
+    "record": np.int64,
+    "teacher": np.int32,
+    "response_chars": np.int32,
+    "digest": np.uint64,
+    "tokens_at": np.int64,  # byte
+    "spans_at": np.int64,
+    "ends": np.int32,  # of spans: two of each
+}
+
+
+def index_samples(folder: Path) -> None:
+    """Write the columns beside a finished samples.arrow, in bounded memory. Raises OSError."""
+    with (folder / "samples.arrow").open("rb") as file:
+        whole = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    reader = pa.ipc.open_file(whole)
+    batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+    write_columns(folder / "columns", (_columns_of(batch, whole.address) for batch in batches), _COLUMNS)
+
+
+def _columns_of(batch: pa.RecordBatch, start: int) -> dict[str, np.ndarray]:
+    columns = {name: batch.column(name).to_numpy() for name in ("record", "teacher", "response_chars", "digest")}
+    for name, at, size in (("input_ids", "tokens_at", "lengths"), ("spans", "spans_at", "ends")):
+        offsets, values = batch.column(name).offsets.to_numpy(), batch.column(name).values
+        begin = values.buffers()[1].address - start if len(values) else 0
+        columns |= {at: begin + 4 * offsets[:-1].astype(np.int64), size: np.diff(offsets)}
+    offsets, ends = batch.column("spans").offsets.to_numpy(), batch.column("spans").values.to_numpy()
+    total = np.concatenate([[0], np.cumsum(ends[1::2] - ends[::2])])
+    return columns | {"learned": np.diff(total[offsets // 2])}
+
+
 class TokenizedSource:
-    """The samples of one source, read from its cache folder without loading them into memory."""
+    """The samples of one source, mapped from its cache folder: opening it copies nothing of them into memory.
+
+    Attributes:
+        lengths: tokens [samples].
+        learned: learned tokens [samples].
+        record: number of the record in the source [samples].
+        teacher: index into the tags of the summary [samples].
+        response_chars: characters of the response [samples].
+        digest: hash of the conversation [samples].
+    """
+
+    lengths: np.ndarray
+    learned: np.ndarray
+    record: np.ndarray
+    teacher: np.ndarray
+    response_chars: np.ndarray
+    digest: np.ndarray
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._bytes_read = 0
         try:
             self.summary = Summary.from_json((folder / "summary.json").read_text())
+            self._check_summary()
             with (folder / "samples.arrow").open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            reader = pa.ipc.open_file(pa.py_buffer(self._map))
-            if not reader.schema.equals(SCHEMA):
-                raise ValueError("other columns than expected")
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            for batch in batches:
-                batch.validate()  # or what points beyond the file is read
-            self._read(batches)
+            columns = map_columns(folder / "columns", self.summary.samples, _COLUMNS)
+            self._tokens_at, self._spans_at, self._ends = (columns.pop(n) for n in ("tokens_at", "spans_at", "ends"))
+            vars(self).update(columns)
             self._check()
-        except (OSError, ValueError, TypeError, IndexError, pa.ArrowException) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise DataError(f"{folder}: broken cache ({reason}): delete this folder") from error
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise self._broken((str(error).strip() or repr(error)).splitlines()[0]) from error
 
-    def _read(self, batches: list[pa.RecordBatch]) -> None:
-        def whole(name: str) -> np.ndarray:
-            dtype = SCHEMA.field(name).type.to_pandas_dtype()
-            return np.concatenate([np.empty(0, dtype), *(batch.column(name).to_numpy() for batch in batches)])
+    def _broken(self, reason: str) -> DataError:
+        return DataError(f"{self.folder}: broken cache ({reason}): delete this folder")
 
-        def lists(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-            columns = [batch.column(name) for batch in batches]
-            return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
-
-        self._input_ids, self._spans = lists("input_ids"), lists("spans")
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        counts = [np.diff(offsets) for offsets, _ in self._input_ids]
-        self.lengths = np.concatenate([np.empty(0, np.int32), *counts])  # tokens [samples]
-        self.learned = np.concatenate([np.empty(0, np.int32), *(_widths(*spans) for spans in self._spans)])
-        self.record, self.teacher = whole("record"), whole("teacher")
-        self.response_chars, self.digest = whole("response_chars"), whole("digest")
-
-    def _check(self) -> None:
-        """Raises ValueError where the columns are not what the summary says. Token ids are not read for it."""
+    def _check_summary(self) -> None:
         summary, plain = self.summary, Summary()
         if any(type(value) is not type(getattr(plain, name)) for name, value in vars(summary).items()):
             raise ValueError("summary.json holds values of the wrong type")
         if not all(isinstance(tag, str) for tag in summary.teachers):
             raise ValueError("summary.json names teachers that are no text")
-        found = {"samples": len(self), "tokens": int(self.lengths.sum()), "learned": int(self.learned.sum())}
-        for name, count in found.items():
-            if getattr(summary, name) != count:
+        if summary.samples < 0:
+            raise ValueError("summary.json counts less than no samples")
+
+    def _check(self) -> None:
+        """Raises ValueError where the columns are not what the summary says. Token ids are not read for it."""
+        summary, size = self.summary, len(self._map)
+        for name, column in (("tokens", self.lengths), ("learned", self.learned)):
+            if getattr(summary, name) != (count := int(column.sum(dtype=np.int64))):
                 raise ValueError(f"{count} {name}, the summary says {getattr(summary, name)}")
-        for name, values, count in (
+        for name, column, count in (
             ("record", self.record, summary.records),
             ("teacher", self.teacher, len(summary.teachers)),
         ):
-            if len(values) and (values.min() < 0 or values.max() >= count):
+            if not every(lambda values, count=count: (values >= 0) & (values < count), column):
                 raise ValueError(f"a {name} number outside 0 to {count - 1}")
-        if (self.lengths < 1).any() or (self.learned < 0).any() or (np.diff(self.record) < 1).any():
+        ordered = every(lambda now, after: now < after, self.record[:-1], self.record[1:])
+        if not ordered or not every(lambda values: values > 0, self.lengths):
             raise ValueError("samples out of order")
 
+        def inside(at: np.ndarray, count: np.ndarray) -> np.ndarray:
+            return (at >= 0) & (at % 4 == 0) & (count >= 0) & (at + 4 * count.astype(np.int64) <= size)
+
+        if not every(inside, self._tokens_at, self.lengths) or not every(inside, self._spans_at, self._ends):
+            raise ValueError("a sample that is not in samples.arrow")
+
     def __reduce__(self) -> tuple[type["TokenizedSource"], tuple[Path]]:
-        return TokenizedSource, (self.folder,)  # spawned loader workers map the file themselves
+        return TokenizedSource, (self.folder,)  # spawned loader workers map the files themselves
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Encoded:
-        """Copies of the tokens and the learned spans of a sample."""
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - self._starts[batch]
-        (id_offsets, ids), (span_offsets, spans) = self._input_ids[batch], self._spans[batch]
-        tokens = np.array(ids[id_offsets[row] : id_offsets[row + 1]])
-        learned = np.array(spans[span_offsets[row] : span_offsets[row + 1]]).reshape(-1, 2)
+        """Copies of the tokens and the learned spans of a sample. Raises DataError where they are not as written."""
+        tokens = np.frombuffer(self._map, np.int32, self.lengths[index], self._tokens_at[index]).copy()
+        spans = np.frombuffer(self._map, np.int32, self._ends[index], self._spans_at[index]).copy()
+        if len(spans) % 2 or int((spans[1::2] - spans[::2]).sum()) != self.learned[index]:
+            raise self._broken(f"the learned tokens of sample {index}")
         self._bytes_read += tokens.nbytes
         if self._bytes_read > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             # Mapped pages count as this process's memory; handing them back leaves them in the system's file cache.
             self._map.madvise(mmap.MADV_DONTNEED)
             self._bytes_read = 0
-        return Encoded(tokens, learned)
-
-
-def _widths(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """Learned tokens per sample, from flat pairs of ends."""
-    total = np.concatenate([[0], np.cumsum(spans[1::2] - spans[::2])])
-    return np.diff(total[offsets // 2]).astype(np.int32)
+        return Encoded(tokens, spans.reshape(-1, 2))

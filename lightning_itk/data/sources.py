@@ -4,26 +4,18 @@ Reading is cheap and lazy (`read_chunks`), so that
 parsing and checking (`parse_chunk`) can run in worker processes.
 """
 
-import gzip
-import io
-import json
-import re
 import reprlib
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet
-
-from lightning_itk.data.records import ROLES, DataError, Invalid, Record, beyond_json, check, parse_line
+from lightning_itk.data.locations import DataFile, find_files, is_location, without_keys
+from lightning_itk.data.readers import read_file
+from lightning_itk.data.records import ROLES, DataError, Invalid, Record, check, parse_line
 from lightning_itk.data.tools import Tools
 
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 _CHUNK_RECORDS, _CHUNK_BYTES = 512, 1 << 20
-_BROKEN_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass
@@ -31,7 +23,9 @@ class Source:
     """Where records come from.
 
     Args:
-        path: a .json, .jsonl, .ndjson (also .gz) or .parquet file, or the name of a hub data set.
+        path: a .json, .jsonl, .ndjson (also .gz, .zst) or .parquet file, a folder of them or a glob, here or at a URL
+            that fsspec knows (s3://, gs://, hf://, …), or the name of a hub data set. Files are read in the order of
+            their names.
         teacher: teacher tag of all its records; None = each record's `teacher` or `is_domain` field.
         weight: how often each record is seen per epoch; 2.0 = twice, 0.5 = a fresh half of them every epoch.
         columns: our name for a field -> its name in the file, e.g. {response: answer}.
@@ -48,38 +42,37 @@ class Source:
         """Raises DataError for a path, a tag, a weight or a column map that makes no sense."""
         if not isinstance(self.path, str):
             raise DataError(f"a source's path is {reprlib.repr(self.path)}, expected text")
+        shown = without_keys(self.path)
         for name, value in (("teacher", self.teacher), ("split", self.split)):
             if not isinstance(value, str) and not (name == "teacher" and value is None):
-                raise DataError(f"{self.path}: {name} is {reprlib.repr(value)}, expected text")
+                raise DataError(f"{shown}: {name} is {reprlib.repr(value)}, expected text")
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
-            raise DataError(f"{self.path}: weight is {reprlib.repr(self.weight)}, expected a number above 0")
+            raise DataError(f"{shown}: weight is {reprlib.repr(self.weight)}, expected a number above 0")
         if not self.weight > 0 or self.weight == float("inf"):
-            raise DataError(f"{self.path}: weight is {self.weight}, expected a number above 0")
+            raise DataError(f"{shown}: weight is {self.weight}, expected a number above 0")
         meaning = "(our name -> your column, e.g. {response: answer})"
         if not isinstance(self.columns, dict | None):
-            raise DataError(f"{self.path}: columns is {reprlib.repr(self.columns)}, expected a map {meaning}")
+            raise DataError(f"{shown}: columns is {reprlib.repr(self.columns)}, expected a map {meaning}")
         for role, column in (self.columns or {}).items():
             if role not in ROLES:
                 known = ", ".join(ROLES)
-                shown = reprlib.repr(role)
-                raise DataError(f"{self.path}: unknown key {shown} in columns, expected one of {known} {meaning}")
+                given = reprlib.repr(role)
+                raise DataError(f"{shown}: unknown key {given} in columns, expected one of {known} {meaning}")
             if not isinstance(column, str):
-                raise DataError(f"{self.path}: columns maps {role} to {reprlib.repr(column)}, expected text {meaning}")
+                raise DataError(f"{shown}: columns maps {role} to {reprlib.repr(column)}, expected text {meaning}")
 
     @property
     def is_file(self) -> bool:
-        return self.path.endswith(_SUFFIXES) or Path(self.path).exists() or self.path.startswith((".", "/", "~"))
+        return is_location(self.path)
 
-    def checked_path(self) -> Path:
-        """The file. Raises DataError if it is missing, empty or of an unknown kind."""
-        path = Path(self.path).expanduser()
-        if not path.exists():
-            raise DataError(f"{self.path}: no such file")
-        if not path.is_file() or not path.name.endswith(_SUFFIXES):
-            raise DataError(f"{self.path}: not a data file, expected one of {', '.join(_SUFFIXES)}")
-        if path.stat().st_size == 0:
-            raise DataError(f"{self.path}: the file is empty")
-        return path
+    @property
+    def name(self) -> str:
+        """What a table calls it: the last part of its path, or the name of the data set. No keys of a URL."""
+        return Path(without_keys(self.path)).name if self.is_file else self.path
+
+    def files(self) -> list[DataFile]:
+        """Its files, in order; their records are numbered one file after the other. Raises DataError."""
+        return find_files(self.path)
 
 
 if TYPE_CHECKING:
@@ -116,15 +109,48 @@ class Chunk(NamedTuple):
     """Some records as they were read: lines of JSON text or objects."""
 
     name: str
-    unit: str  # what `places` count: "line" or "record"
+    unit: str  # what `places` count: "line", "record" or "row"
     first: int  # index of the first record in the source
-    places: list[int]  # 1-based line or record numbers
+    places: list[int]  # 1-based line or record numbers in the file
     raw: list[Any]  # bytes (a line of JSON) or what a parser returned
+    at: tuple[int, int] = (0, 0)  # number of its part of the source, and its own number in that
 
     def original(self, record: Record) -> Any:
         """A checked record of this chunk as it came, parsed, with all its columns."""
         raw = self.raw[record.number - self.first]
         return parse_line(raw) if isinstance(raw, bytes) else raw
+
+
+class Part(NamedTuple):
+    """What of a source is read in one go: a file, or a data set of the hub."""
+
+    source: Source
+    number: int
+    file: DataFile | None
+
+    def chunks(self, first: int = 0) -> Iterator[Chunk]:
+        """Its records piece by piece; `first` is the number of its first one. No chunk is of two parts."""
+        records, unit = read_file(self.file) if self.file else (enumerate(load_hub(self.source), 1), "record")
+        name = self.file.name if self.file else self.source.path
+        places: list[int] = []
+        raw: list[Any] = []
+        size = number = 0
+        for place, record in records:
+            places.append(place)
+            raw.append(record)
+            size += len(record) if isinstance(record, bytes) else 1000
+            if len(raw) >= _CHUNK_RECORDS or size >= _CHUNK_BYTES:
+                yield Chunk(name, unit, first, places, raw, (self.number, number))
+                first, size, places, raw, number = first + len(raw), 0, [], [], number + 1
+        if raw:
+            yield Chunk(name, unit, first, places, raw, (self.number, number))
+
+
+def parts(source: Source) -> list[Part]:
+    """The parts of a source, in order. Raises DataError as `read_chunks`."""
+    source.check()
+    files: list[DataFile | None] = [*source.files()] if source.is_file else [None]
+    return [Part(source, number, file) for number, file in enumerate(files)]
 
 
 def read_chunks(source: Source) -> Iterator[Chunk]:
@@ -133,23 +159,18 @@ def read_chunks(source: Source) -> Iterator[Chunk]:
     Raises:
         DataError: missing or empty file, broken compression, JSON or Parquet, unknown data set.
     """
-    source.check()
-    name = Path(source.path).name if source.is_file else source.path
-    records, unit = _open(source)
-    places: list[int] = []
-    raw: list[Any] = []
-    first = size = 0
-    for place, record in records:
-        places.append(place)
-        raw.append(record)
-        size += len(record) if isinstance(record, bytes) else 1000
-        if len(raw) >= _CHUNK_RECORDS or size >= _CHUNK_BYTES:
-            yield Chunk(name, unit, first, places, raw)
-            first, size, places, raw = first + len(raw), 0, [], []
-    if raw:
-        yield Chunk(name, unit, first, places, raw)
-    if first + len(raw) == 0:
-        raise DataError(f"{name}: the file holds no records")
+    first = 0
+    for part in parts(source):
+        for chunk in part.chunks(first):
+            yield chunk
+            first += len(chunk.raw)
+    if first == 0:
+        raise no_records(source)
+
+
+def no_records(source: Source) -> DataError:
+    """That a source is empty."""
+    return DataError(f"{source.name}: the file holds no records")
 
 
 def parse_chunk(
@@ -193,128 +214,6 @@ def read(source: Source, *, need_response: bool = True, tools: Tools = "refuse")
         yield from parse_chunk(chunk, source, need_response=need_response, tools=tools)
 
 
-# Reading
-
-
-def _open(source: Source) -> tuple[Iterator[tuple[int, Any]], str]:
-    if not source.is_file:
-        return _read_hub(source), "record"
-    path = source.checked_path()
-    if path.suffix == ".parquet":
-        return _read_parquet(path), "row"
-    if path.name.endswith((".json", ".json.gz")) and _first_character(path) == b"[":
-        return _read_array(path), "record"
-    return _read_lines(path), "line"
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _broken(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path.name}: cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}")
-
-
-def _first_character(path: Path) -> bytes:
-    try:
-        with _open_bytes(path) as file:
-            while block := file.read(1 << 12):
-                if text := block.removeprefix(b"\xef\xbb\xbf").lstrip():
-                    return text[:1]
-    except (OSError, EOFError, zlib.error) as error:
-        raise _broken(path, error) from None
-    return b""
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with _open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line := line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise _broken(path, error) from None
-
-
-def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
-    """The objects of a JSON list, without ever holding the whole file."""
-    decoder = json.JSONDecoder()
-    block, position, line, count = 1 << 20, 0, 1, 0
-    state = "start"  # then "value" or "comma" expected, or "end"
-    try:
-        # Bytes that are no UTF-8 come as lone surrogates, so that the record that holds one can be named.
-        with _open_bytes(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape") as file:
-            text, at_end, broken_bytes = "", False, False
-            while True:
-                while position < len(text) and text[position] in " \t\r\n":
-                    position += 1
-                character = text[position : position + 1]
-                if state == "end" and character:
-                    raise DataError(f"{path.name} line {line + text.count(chr(10), 0, position)}: text after the list")
-                broken = None
-                if character and state != "value":
-                    position += 1
-                    if state == "start":
-                        state = "value"
-                    elif character in ",]":
-                        state = "value" if character == "," else "end"
-                    else:
-                        raise DataError(f"{path.name} record {count}: broken JSON: expected , or ] after it")
-                    continue
-                if character == "]" and count == 0:
-                    position, state = position + 1, "end"
-                    continue
-                if character:
-                    try:
-                        value, after = decoder.raw_decode(text, position)
-                    except json.JSONDecodeError as error:
-                        broken = error
-                    except (RecursionError, ValueError) as error:
-                        raise DataError(f"{path.name} record {count + 1}: {beyond_json(error)}") from None
-                    else:
-                        if after < len(text) or at_end:  # a number at the edge may go on
-                            if broken_bytes:
-                                _check_utf8(text[position:after], f"{path.name} record {count + 1}")
-                            count, position, state = count + 1, after, "comma"
-                            yield count, value
-                            continue
-                if at_end:
-                    if state == "end":
-                        return
-                    where = position if broken is None else broken.pos
-                    reason = "the list does not end" if broken is None else broken.msg
-                    if broken_bytes:  # a string that does not end is told from its beginning
-                        end = len(text) if reason.startswith("Unterminated") else where + 1
-                        _check_utf8(text[position:end], f"{path.name} record {count + 1}")
-                    raise DataError(f"{path.name} line {line + text.count(chr(10), 0, where)}: broken JSON: {reason}")
-                line += text.count("\n", 0, position)
-                text, position = text[position:], 0
-                # Twice the rest, so that a long object is not parsed again and again from its start.
-                more = file.read(max(block, len(text)))
-                text, at_end = text + more, not more
-                broken_bytes = broken_bytes or _BROKEN_BYTE.search(more) is not None
-    except (OSError, EOFError, zlib.error) as error:
-        raise _broken(path, error) from None
-
-
-def _check_utf8(text: str, place: str) -> None:
-    if byte := _BROKEN_BYTE.search(text):
-        raise DataError(f"{place}: not UTF-8 text: byte 0x{ord(byte[0]) - 0xDC00:02x}")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with pa.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_CHUNK_RECORDS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also dates that Python does not know
-        raise _broken(path, error) from None
-
-
 def load_hub(source: Source) -> Any:
     """The data set of a source that is no file. Raises DataError."""
     import datasets
@@ -324,7 +223,3 @@ def load_hub(source: Source) -> Any:
     except Exception as error:  # the hub client raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{source.path}: neither a file nor a hub data set that can be loaded: {reason}") from error
-
-
-def _read_hub(source: Source) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(load_hub(source), 1)

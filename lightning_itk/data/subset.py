@@ -139,7 +139,8 @@ def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
         if len(digests) < 2:
             raise DataError("a validation share needs at least 2 samples: set validation to 0 or to a file")
         mixed = _mix(digests ^ _mix(np.array([seed], np.uint64)))
-        cut = np.sort(mixed)[max(1, round(share * len(digests))) - 1]
+        last = max(1, round(share * len(digests))) - 1
+        cut = np.partition(mixed, last)[last]
         out = mixed <= cut
         if out.all():
             raise DataError("the validation share leaves nothing to train on: all conversations are equal, or too few")

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import pytest
 from fuzz.engine import one_line
 from tiny import byte_tokenizer
 
-from lightning_itk.data import cache
+from lightning_itk.data import blocks, cache, loader
+from lightning_itk.data import columns as columns_module
 from lightning_itk.data import samples as tokenized
-from lightning_itk.data.cache import CUT_OFF, TOO_LONG, tokenize
+from lightning_itk.data.cache import tokenize
 from lightning_itk.data.chat import ChatEncoder
+from lightning_itk.data.loader import SampleSet
 from lightning_itk.data.records import DataError
-from lightning_itk.data.samples import TokenizedSource
+from lightning_itk.data.samples import CUT_OFF, TOO_LONG, TokenizedSource
 from lightning_itk.data.sources import Source, read
 
 ENCODER = ChatEncoder(byte_tokenizer())
@@ -171,7 +174,7 @@ def test_broken_cache_is_named(tmp_path: Path) -> None:
         TokenizedSource(tokenized.folder)
 
 
-@pytest.mark.parametrize("name", ["samples.arrow", "summary.json"])
+@pytest.mark.parametrize("name", ["samples.arrow", "summary.json", "columns/tokens_at.npy", "columns/ends.npy"])
 def test_no_damage_to_a_cache_is_taken_for_samples(tmp_path: Path, name: str) -> None:
     made = tokenize(write(tmp_path, records(8)), ENCODER, 100, cache_dir=tmp_path)
     file = made.folder / name
@@ -180,11 +183,12 @@ def test_no_damage_to_a_cache_is_taken_for_samples(tmp_path: Path, name: str) ->
     for damaged in [whole[:0], *(whole[:i] + bytes(4) + whole[i + 4 :] for i in places), *(whole[:i] for i in places)]:
         file.write_bytes(damaged)  # some of it once read memory that is nobody's
         try:
-            found = TokenizedSource(made.folder)
+            found = content(TokenizedSource(made.folder))  # spans are looked at when they are read
         except DataError as error:
             one_line(error, f"{made.folder}: broken cache (")
         else:
-            assert len(content(found)) == len(expected)
+            assert len(found) == len(expected)
+            assert [len(ids) for ids, _ in found] == [len(ids) for ids, _ in expected]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +214,46 @@ def test_a_summary_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str
     path.write_text(json.dumps({**fields, "check": tokenized._check_sum(fields)}))
     with pytest.raises(DataError, match=message):
         TokenizedSource(made.folder)
+
+
+def mapped(column: Any) -> bool:
+    """Whether an array is a view of a file."""
+    while isinstance(column, np.ndarray) and not isinstance(column, np.memmap):
+        column = column.base
+    return isinstance(column, np.memmap)
+
+
+def test_nothing_of_every_sample_is_copied(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run asks of all samples before it begins lies in files that the ranks of a node share."""
+    made = tokenize(source, ENCODER, 100, cache_dir=tmp_path)
+    one = SampleSet([made], [None])
+    columns = (one.lengths, one.learned, one.response_chars, one.digests, one.sample_ids, one.teacher_ids)
+    for column in columns:
+        assert mapped(column)
+    assert one.source_ids.strides == (0,)
+    assert len(pickle.dumps(one)) < 2000  # what a spawned loader worker is sent
+    again = pickle.loads(pickle.dumps(one))
+    assert again.sample_ids.tolist() == one.sample_ids.tolist()
+    in_memory = SampleSet([made, made], ["a", None])
+    assert not mapped(in_memory.lengths)
+    monkeypatch.setattr(loader, "_SHARED_SAMPLES", 1000)
+    two = SampleSet([made, made], ["a", None])
+    for name in loader._COLUMNS:
+        assert mapped(getattr(two, name))
+        assert (getattr(two, name) == getattr(in_memory, name)).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(columns_module, "write_columns", None)  # the next rank writes nothing
+        assert mapped(SampleSet([made, made], ["a", None]).digests)
+    assert SampleSet([made, made], [None, "b"]).teacher_ids.tolist() != two.teacher_ids.tolist()
+    for place in tmp_path.glob("*.columns"):
+        (place / "digests.npy").unlink()  # those that map it keep it
+        (place / "digests.npy").write_bytes(b"broken")
+    again = SampleSet([made, made], ["a", None])
+    assert again.digests.tolist() == two.digests.tolist()
+    assert two.sample_ids.tolist() == [*made.record.tolist(), *(made.record + 3000).tolist()]
+    assert two.source_ids.tolist() == [0] * len(made) + [1] * len(made)
+    assert [two.teachers[i] for i in two.teacher_ids[: len(made)]] == ["a"] * len(made)
+    assert [two.teachers[i] for i in two.teacher_ids[len(made) :]] == [made.summary.teachers[i] for i in made.teacher]
 
 
 def test_pages_are_handed_back(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +318,7 @@ def test_builds_of_other_machines_and_containers_are_left_alone(
 
 def test_the_tokenizers_threads_are_off_in_worker_processes_only(tmp_path: Path, monkeypatch) -> None:
     """A few chunks are done in this process, where they are the only parallelism; a fork after them does no harm."""
-    work = cache._work
+    work = blocks._work
 
     def noted(job, chunk):
         with (tmp_path / "seen").open("a") as file:
@@ -282,7 +326,7 @@ def test_the_tokenizers_threads_are_off_in_worker_processes_only(tmp_path: Path,
         return work(job, chunk)
 
     parent = os.getpid()
-    monkeypatch.setattr(cache, "_work", noted)
+    monkeypatch.setattr(blocks, "_work", noted)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     for count, expected in ((600, "True true"), (3000, "False false"), (600, "True true")):
         folder = tmp_path / str(count)

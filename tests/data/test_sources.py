@@ -178,7 +178,6 @@ def test_bad_sources(tmp_path: Path, write: Write) -> None:
     for path, error in [
         (str(tmp_path / "none.jsonl"), "no such file"),
         ("missing.parquet", "no such file"),
-        (str(tmp_path), "not a data file"),
         (write("a,b", "data.csv"), "not a data file, expected one of .json"),
         (write("no parquet", "data.parquet"), "data.parquet: cannot be read"),
         (write(gzip.compress(lines(ALPACA).encode())[:-12], "cut.jsonl.gz"), "cut.jsonl.gz: cannot be read"),

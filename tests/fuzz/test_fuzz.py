@@ -14,7 +14,7 @@ from fuzz.kinds import KINDS
 from hypothesis import strategies as st
 
 from lightning_itk.attention import kl as attention
-from lightning_itk.data import chat, records, sampler, samples, sources, spans
+from lightning_itk.data import chat, readers, records, sampler, samples, spans
 from lightning_itk.losses import operators, token
 from lightning_itk.selection import percentage
 
@@ -77,7 +77,7 @@ PLANTED = {
     "stops that are not learned": ("records", spans.Renderer, "_with_stops", lambda _: lambda *a, **_k: (a[1], a[2])),
     "a swallowed history": ("records", records, "_history", lambda _: lambda *_: []),
     "an error of many lines": ("records", records, "_names", lambda _: "\n".join),
-    "lines that are lost": ("files", sources, "_read_lines", without_every_third),
+    "lines that are lost": ("files", readers, "_read_lines", without_every_third),
     "samples out of order": (
         "files", samples.TokenizedSource, "__getitem__", lambda get: lambda self, i: get(self, len(self) - 1 - i)
     ),

@@ -1,0 +1,47 @@
+"""`tokenize`: fill the token caches of a configuration, from one process or from a shard each of many."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from lightning_itk.cli.fit import InstructionCLI
+from lightning_itk.data.pieces import Shard
+
+
+class TokenizeCLI(InstructionCLI):
+    """fit's configuration and options, of which only the data are used: no model is loaded, no device is asked for."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        text = "Which part to tokenize, i/n with i from 0 to n-1; all n make the caches together, in any order."
+        parser.add_argument("--shard", type=str, default="0/1", help=text)
+
+    def instantiate_classes(self) -> None:
+        config = self.config[self.config.subcommand].clone()
+        self.shard = Shard.parse(config.pop("shard"))
+        config.pop("trainer")
+        made = self._parser(self.config.subcommand).instantiate_classes(config)
+        self.datamodule = made.data
+        if self.datamodule._tokenizer is None:
+            self.datamodule._tokenizer = made.model.tokenizer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        found = self.datamodule.prepare_shard(self.shard)
+        waiting = [(name, missing) for name, missing in found if missing]
+        text = f"tokenized shard {self.shard}: {len(found) - len(waiting)} of {len(found)} caches are complete"
+        if waiting:
+            missing = sorted({number for _, numbers in waiting for number in numbers})
+            shown = ", ".join(f"{number}/{self.shard.count}" for number in missing[:20])
+            text += f"; {', '.join(name for name, _ in waiting)} still without shard {shown}"
+            text += f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+        Console().print(text, soft_wrap=True, highlight=False)
+
+
+def tokenize_data(args: Sequence[str]) -> None:
+    """Tokenize what a configuration of `fit` names, or a shard's part of it.
+
+    Args:
+        args: those of `fit`, and shard.
+    """
+    TokenizeCLI.start(["fit", *args])
