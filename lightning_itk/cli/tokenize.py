@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from lightning_itk.cli.fit import InstructionCLI
 from lightning_itk.data.pieces import Shard
+from lightning_itk.hub import load_tokenizer
 
 
 class TokenizeCLI(InstructionCLI):
@@ -21,10 +23,11 @@ class TokenizeCLI(InstructionCLI):
         config = self.config[self.config.subcommand].clone()
         self.shard = Shard.parse(config.pop("shard"))
         config.pop("trainer")
-        made = self._parser(self.config.subcommand).instantiate_classes(config)
-        self.datamodule = made.data
-        if self.datamodule._tokenizer is None:
-            self.datamodule._tokenizer = made.model.tokenizer
+        model = config.pop("model").get("init_args") or Namespace()
+        self.datamodule = self._parser(self.config.subcommand).instantiate_classes(config).data
+        if self.datamodule._tokenizer is None and isinstance(student := model.get("student"), str):
+            trust = bool(model.get("trust_remote_code"))
+            self.datamodule._tokenizer = load_tokenizer(student, trust_remote_code=trust)
 
     def _run_subcommand(self, subcommand: str) -> None:
         found = self.datamodule.prepare_shard(self.shard)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 
 import fsspec
 import pytest
@@ -28,20 +29,22 @@ def test_select_reads_a_folder_elsewhere_as_the_one_file_that_was_scored(scored)
 
 @pytest.fixture
 def config(tmp_path, model_folder):
-    """A configuration of fit whose devices this machine does not have."""
+    """A configuration of fit whose devices this machine does not have, nor its model's weights."""
+    bare = tmp_path / "model"
+    shutil.copytree(model_folder(), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     for name, records in (("a", RECORDS[:20]), ("b", RECORDS[20:])):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (tmp_path / "asked.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
     data = {"train": f"{tmp_path}/data", "validation": 0.1, "predict": f"{tmp_path}/asked.jsonl", "max_length": 300}
-    model = {"class_path": "lightning_itk.SFTModule", "init_args": {"student": model_folder()}}
+    model = {"class_path": "lightning_itk.SFTModule", "init_args": {"student": str(bare)}}
     trainer = {"accelerator": "cuda", "devices": 512, "strategy": "fsdp"}
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"data": data | {"cache_dir": f"{tmp_path}/cache"}, "model": model, "trainer": trainer}))
     return path
 
 
-def test_tokenize_fills_the_caches_that_fit_reads(config, capsys, monkeypatch):
+def test_tokenize_fills_the_caches_that_fit_reads(config, model_folder, capsys, monkeypatch):
     for shard, said in (
         ("1/2", "tokenized shard 1/2: 0 of 2 caches are complete; data, asked.jsonl still without shard 0/2"),
         ("0/2", "tokenized shard 0/2: 2 of 2 caches are complete"),
@@ -56,6 +59,7 @@ def test_tokenize_fills_the_caches_that_fit_reads(config, capsys, monkeypatch):
     monkeypatch.setattr(cache, "_build", None)
     monkeypatch.chdir(config.parent)
     here = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    here += ["--model.init_args.student", model_folder()]
     fit = ["--trainer.max_steps", "1", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
     assert cli.main(["fit", "--config", str(config), *here, *fit]) == 0
     assert os.listdir(config.parent / "cache")
