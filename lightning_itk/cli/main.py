@@ -184,6 +184,7 @@ _HIDDEN = (
     r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",
     r"Found \d+ module\(s\) in eval mode at the start of training",  # teachers
     r"Total length of `(list|PieceLoader)` across ranks is zero",  # no validation data; a teacher has run already
+    r"You have overridden `transfer_batch_to_device` in `LightningModule`",  # a data module with its own is asked first
 )
 
 
