@@ -32,6 +32,7 @@ class RecordResults(Callback):
         exact_match: Also answer each record's prompt with the likeliest tokens (the module's max_new_tokens), and
             compare the answer with the record's first response, white space normalised.
         overwrite: Replace the results of an earlier run, if they are unchanged; nothing else is ever replaced.
+            A resumed run that writes to the same path needs it.
     """
 
     def __init__(self, path: str | None = None, exact_match: bool = False, overwrite: bool = False) -> None:

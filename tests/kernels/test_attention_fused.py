@@ -1,34 +1,20 @@
 """dq and dk from one kernel in the Triton interpreter: against fp64 on whole maps, and against the two kernels."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import inside, outside, run_in_the_interpreter
 from maps import PACKED, answers, check, padding, problem
 
 pytest.importorskip("triton")
 from lightning_itk.kernels import attention_problem
 from lightning_itk.kernels.attention import attention_kl
-from lightning_itk.kernels.launch import INTERPRET
 
 pytestmark = pytest.mark.interpret
-inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
 
 
-@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+@outside
 def test_in_the_interpreter():
-    """TRITON_INTERPRET is read when Triton is imported, so the tests of this file get a process of their own."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -1,39 +1,26 @@
 """Where fp32, -inf and dtypes are hard, in the Triton interpreter: against the torch path, the limit and plain fp32."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from absent import ABSENT, limit, logits
+from interpreter import inside, outside, run_in_the_interpreter
 from torch import Tensor
 
 pytest.importorskip("triton")
 from lightning_itk.kernels.attention import attention_kl
 from lightning_itk.kernels.kl import kl_rows
-from lightning_itk.kernels.launch import INTERPRET
 from lightning_itk.kernels.linear_kl import linear_kl_divergence
 from lightning_itk.losses import Head, linear_kl_parts
 from lightning_itk.losses.divergence import divergence_rows
 
 pytestmark = pytest.mark.interpret
-inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
 
 
-@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+@outside
 def test_in_the_interpreter():
-    """TRITON_INTERPRET is read when Triton is imported, so the tests of this file get a process of their own."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 KINDS = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.3)]

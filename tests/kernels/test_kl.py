@@ -1,12 +1,8 @@
 """KL on logits in the Triton interpreter against fp64 autograd, values and gradients."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import inside, outside, run_in_the_interpreter
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -14,20 +10,11 @@ from lightning_itk.kernels.kl import kl_backward, kl_divergence, kl_forward, kl_
 from lightning_itk.kernels.launch import INTERPRET
 
 pytestmark = pytest.mark.interpret
-inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
 
 
-@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+@outside
 def test_in_the_interpreter():
-    """TRITON_INTERPRET is read when Triton is imported, so the tests of this file get a process of their own."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 def reference(student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float) -> Tensor:

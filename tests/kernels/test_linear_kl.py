@@ -1,38 +1,25 @@
 """Linear KL and cross-entropy in the Triton interpreter against fp64 autograd on materialised logits."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
+from interpreter import inside, outside, run_in_the_interpreter
 from torch import Tensor
 
 pytest.importorskip("triton")
 from lightning_itk.kernels import linear_kl
 from lightning_itk.kernels.chunks import plan_chunks
-from lightning_itk.kernels.launch import INTERPRET
 from lightning_itk.kernels.linear_chunks import scaled
 from lightning_itk.kernels.linear_kl import linear_cross_entropy, linear_kl_divergence
 
 pytestmark = pytest.mark.interpret
-inside = pytest.mark.skipif(not INTERPRET, reason="runs in the process that test_in_the_interpreter starts")
 
 
-@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+@outside
 def test_in_the_interpreter():
-    """TRITON_INTERPRET is read when Triton is imported, so the tests of this file get a process of their own."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 class Heads(NamedTuple):
