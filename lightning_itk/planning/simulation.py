@@ -1,0 +1,366 @@
+"""One optimizer step of a module that holds no numbers, on one of so many ranks that are not there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers.masking_utils
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lightning_itk.attention.capture import AttentionTap
+from lightning_itk.attention.layer import LayerAttention
+from lightning_itk.batch import IGNORE_INDEX, Batch, ResponseRows, Sample, pack, pad, response_rows
+from lightning_itk.losses import chunked
+from lightning_itk.methods import attention_maps, distillation, teacher
+from lightning_itk.methods import module as base
+from lightning_itk.methods.dae import DAEModule
+from lightning_itk.methods.distillation import DistillationModule
+from lightning_itk.methods.module import InstructionModule
+from lightning_itk.methods.step import weighted_sum
+from lightning_itk.models.hidden import base_causal_lm, head_of
+from lightning_itk.planning.models import Depth, depths, read_config, shallow_model
+from lightning_itk.planning.tracker import Part, StepTracker
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a run decides its memory, beside the module itself.
+
+    Attributes:
+        rows: rows of a micro-batch, each as long as `length`.
+        response_share: share of the positions that are learned; 1 is the most that can be.
+        strategy: single, ddp or fsdp2.
+        gpu: count as on a GPU: its chunks, its foreach optimizers.
+        triton: the losses run in Triton.
+    """
+
+    rows: int
+    length: int
+    response_share: float = 1.0
+    packing: bool = False
+    accumulate: int = 1
+    precision: str = "32-true"
+    strategy: str = "single"
+    ranks: int = 1
+    gpu: bool = True
+    triton: bool = True
+
+
+@dataclass
+class Step:
+    """What a rank's optimizer step takes: live bytes by moment and part, work, memory traffic; and the models.
+
+    Attributes:
+        weights: bytes of each model, whole, the student first.
+        parameters: the same in numbers; `trained` of them of the student.
+    """
+
+    peaks: dict[str, dict[str, float]]
+    flops: float
+    traffic: float
+    weights: list[float] = field(default_factory=list)
+    parameters: list[float] = field(default_factory=list)
+    trained: float = 0.0
+    hidden: list[int] = field(default_factory=list)
+
+    def grown(self, shallow: "Step", deeper: "Step", by: float) -> "Step":
+        """This step and `by` times what one with deeper layers has more than a shallow one."""
+
+        def mix(a: Any, b: Any, c: Any) -> Any:
+            if isinstance(a, dict):
+                return {key: mix(a[key], b[key], c[key]) for key in a if key in b and key in c}
+            if isinstance(a, list):
+                return [mix(*each) for each in zip(a, b, c, strict=True)]
+            return a + by * (c - b)
+
+        return Step(**{f.name: mix(*(getattr(s, f.name) for s in (self, shallow, deeper))) for f in fields(Step)})
+
+
+def simulate(build: Callable[[], InstructionModule], setting: Setting, every: int = 1) -> Step:
+    """The step at full depth, told by steps of shallow models: everything but the layers is as in the run, and memory
+    at a moment, work and traffic are linear in the number of layers.
+
+    Args:
+        build: makes the module with its models by name, in the precision of its configuration and with impl: torch.
+        every: layers come in groups of so many, beside what their own pattern says.
+
+    Raises:
+        ValueError: a model that cannot be run without numbers; one line.
+    """
+    planned: list[Depth] = []
+    first = _run(build, setting, planned, None, every)
+    total = first
+    for number, depth in enumerate(planned):
+        if depth.whole > depth.short:
+            deeper = _run(build, setting, planned, number, every)
+            total = total.grown(first, deeper, (depth.whole - depth.short) / (depth.longer - depth.short))
+    return total
+
+
+def _run(build: Callable[[], InstructionModule], setting: Setting, planned: list[Depth], deeper: int | None, every: int):
+    """One simulated step; fills `planned` where it is empty. deeper: the number of the model that gets more layers."""
+    calls = iter(range(1000))
+
+    def load(name: str, *, model_kwargs: Any = None, **how: Any) -> Any:
+        number = next(calls)
+        if number == len(planned):
+            planned.append(depths(read_config(name, how.get("trust_remote_code", False)), every))
+        depth = planned[number]
+        return shallow_model(name, depth.longer if number == deeper else depth.short, **how)
+
+    batch = _batch(setting)
+    rows = response_rows(batch)
+    tracker = StepTracker()
+    with _ranks(setting) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, _without_numbers(setting, load):
+        with tracker, ExitStack() as stack:
+            module = build()
+            if setting.precision.endswith("-true") and not setting.precision.startswith("32"):
+                module.to(_half(setting))
+            module._packing_checked = True
+            whole = [[p for p in model.parameters()] for model in module.models()]
+            sizes = [[p.numel() for p in model] for model in whole]
+            step = Step(
+                {}, 0, 0,
+                [float(sum(p.numel() * p.element_size() for p in model)) for model in whole],
+                [float(sum(model)) for model in sizes],
+                float(sum(p.numel() for p in whole[0] if p.requires_grad)),
+                [base_causal_lm(model).config.get_text_config().hidden_size for model in module.models()],
+            )  # fmt: skip
+            del whole
+            head = head_of(module.student).weight.shape
+            if setting.strategy == "fsdp2":
+                module._device_mesh = mesh
+                module._trainer = SimpleNamespace(precision=setting.precision)
+                module.configure_model()
+            stack.enter_context(_gpu(setting, rows, head, tracker))
+            _take_steps(module, _fake(batch, fake), _fake_rows(rows, fake), setting, tracker, head)
+    step.peaks = {moment: dict(parts) for moment, parts in tracker.peaks.items()}
+    step.flops, step.traffic = float(tracker.flops), float(tracker.traffic)
+    return step
+
+
+def _take_steps(
+    module: InstructionModule,
+    batch: Batch,
+    rows: ResponseRows,
+    setting: Setting,
+    tracker: StepTracker,
+    head: torch.Size,
+) -> None:
+    """Two steps: the optimizer's state is made in the first; the second is looked at."""
+    student, *teachers = module.models()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    tracker.mark([*student.parameters(), *student.buffers()], Part.WEIGHTS)
+    for model in teachers:
+        tracker.mark([*model.parameters(), *model.buffers()], Part.TEACHER)
+        model.register_forward_pre_hook(lambda *_: setattr(tracker, "part", Part.TEACHER))
+        model.register_forward_hook(lambda *_: setattr(tracker, "part", Part.ACTIVATIONS))
+    optimizer = module.optimizer(trained)
+    for group in optimizer.param_groups:
+        if setting.gpu and group.get("foreach", 0) is None and not group.get("fused"):
+            group["foreach"] = True  # what torch chooses there
+    buckets = None
+    if setting.strategy == "ddp":  # its reducer copies all gradients
+        with tracker.allocating(Part.GRADIENTS):
+            buckets = [torch.empty_like(p) for p in trained]
+    layers = [m for m in student.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(_watch(tracker, trained, number, len(layers)))
+    with patch.object(base, "response_rows", lambda _: rows), patch.object(
+        distillation, "response_rows", lambda _: rows
+    ):
+        for count in (1, min(setting.accumulate, 2)):
+            tracker.peaks.clear()
+            tracker.flops = tracker.traffic = 0
+            for _ in range(count):
+                _micro_batch(module, batch, rows, setting, tracker, head, trained)
+            tracker.flops = tracker.flops * setting.accumulate // count
+            tracker.traffic = tracker.traffic * setting.accumulate // count
+            tracker.moment = "optimizer"
+            with tracker.allocating(Part.OPTIMIZER):
+                optimizer.step()
+            tracker.mark((t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)), Part.OPTIMIZER)
+            optimizer.zero_grad()
+            tracker.moment = ""
+    del buckets
+
+
+def _micro_batch(
+    module: InstructionModule,
+    batch: Batch,
+    rows: ResponseRows,
+    setting: Setting,
+    tracker: StepTracker,
+    head: torch.Size,
+    trained: list[nn.Parameter],
+) -> None:
+    half = setting.precision.endswith("-mixed")
+    with torch.autocast("cpu", dtype=_half(setting), enabled=half):
+        tracker.part, tracker.moment = Part.ACTIVATIONS, "forward"
+        run = module.forward_pass(batch)
+        tracker.moment = "loss"
+        with tracker.allocating(Part.LOSS):
+            kept = _dlogits(setting, rows, head, run["input_ids"])
+            total = weighted_sum(module.losses(run)) * 2.0**-10  # type: ignore[arg-type]
+            del run, kept
+    tracker.moment, tracker.part = "backward, head", Part.LOSS
+    total.backward()
+    del total
+    tracker.mark((p.grad for p in trained if p.grad is not None), Part.GRADIENTS)
+    tracker.part, tracker.moment = Part.ACTIVATIONS, ""
+
+
+def _watch(tracker: StepTracker, trained: list[nn.Parameter], number: int, count: int) -> Callable[..., None]:
+    """A forward hook of a layer that tells when its backward pass begins."""
+    moment = {count - 1: "backward, last layer", 0: "backward, first layer"}.get(number, "backward, between")
+
+    def begins(gradient: Tensor) -> None:
+        tracker.mark((p.grad for p in trained if p.grad is not None), Part.GRADIENTS)
+        tracker.part, tracker.moment = Part.ACTIVATIONS, moment
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        if states.requires_grad and tracker.moment == "forward":
+            states.register_hook(begins)
+
+    return hook
+
+
+@contextmanager
+def _ranks(setting: Setting) -> Iterator[Any]:
+    """A process group of so many ranks, of which this is the first and the others do not exist."""
+    if setting.strategy != "fsdp2":
+        yield None
+        return
+    dist.init_process_group("fake", rank=0, world_size=setting.ranks, store=FakeStore())
+    try:
+        names = ("data_parallel", "tensor_parallel")
+        yield init_device_mesh("cpu", (setting.ranks, 1), mesh_dim_names=names)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _without_numbers(setting: Setting, load: Callable[..., Any]) -> Iterator[None]:
+    """Models come without weights, and nothing looks at numbers: no proofs, no masks that depend on them."""
+
+    def seen(tap: AttentionTap, layers: Any = None) -> None:
+        tap.packed_rows = 2
+
+    with ExitStack() as stack:
+        for where, name, instead in (
+            (base, "load_causal_lm", load),
+            (teacher, "load_causal_lm", load),
+            (base, "check_head", lambda _: None),
+            (teacher, "check_head", lambda _: None),
+            (base, "load_tokenizer", lambda *_, **__: None),
+            (teacher.Teacher, "check_tokenizer", lambda *_: None),
+            (teacher, "select", lambda *_: None),
+            (AttentionTap, "probe", seen),
+            (attention_maps, "layer_attention_kl", _attention_loss),
+            (attention_maps, "_masks", lambda _: None),
+            *([] if setting.packing else [(transformers.masking_utils, "is_tracing", lambda *_: False)]),
+        ):
+            stack.enter_context(patch.object(where, name, instead))
+        yield
+
+
+@contextmanager
+def _gpu(setting: Setting, rows: ResponseRows, head: torch.Size, tracker: StepTracker) -> Iterator[None]:
+    """The torch losses in the chunks of a GPU, or of Triton, with products of half-precision inputs as there."""
+    if not setting.gpu:
+        yield
+        return
+    chunk, block = chunked.CHUNK_ELEMENTS["cuda"], chunked.BLOCK_ELEMENTS["cuda"]
+    if setting.triton:  # its rows are overwritten in place
+        chunk = _chunks(setting, rows, head).rows * head[0]
+        block = max(2**20, chunk // 32)
+    product = chunked._product
+
+    def half_stays(hidden: Tensor, weight: Tensor) -> torch.dtype:
+        if torch.is_autocast_enabled("cpu") and hidden.dtype != torch.float64:
+            return torch.get_autocast_dtype("cpu")
+        return torch.promote_types(hidden.dtype, weight.dtype)
+
+    def into_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
+        hidden = hidden.to(weight.dtype)
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            return product(hidden, weight)
+        tracker.flops += 2 * hidden.numel() * weight.shape[0]  # a product that CPUs lack
+        return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+
+    with (
+        patch.dict(chunked.CHUNK_ELEMENTS, cpu=chunk),
+        patch.dict(chunked.BLOCK_ELEMENTS, cpu=block),
+        patch.object(chunked, "_matmul_dtype", half_stays),
+        patch.object(chunked, "_product", into_fp32),
+    ):
+        yield
+
+
+def _chunks(setting: Setting, rows: ResponseRows, head: torch.Size) -> Any:
+    from lightning_itk.kernels.chunks import plan_chunks
+    from lightning_itk.kernels.linear_kl import SCRATCH
+
+    itemsize = 4 if setting.precision == "32-true" else 2
+    return plan_chunks(
+        rows.places.numel(), *head, itemsize, teacher=True, trains_head=True, max_scratch_bytes=SCRATCH
+    )
+
+
+def _dlogits(setting: Setting, rows: ResponseRows, head: torch.Size, like: Tensor) -> Tensor | None:
+    """The gradient of all logits, where Triton keeps it."""
+    if not setting.triton or not _chunks(setting, rows, head).keep_dlogits:
+        return None
+    dtype = torch.float32 if setting.precision == "32-true" else torch.bfloat16
+    return torch.empty(rows.places.numel(), head[0], dtype=dtype, device=like.device)
+
+
+class _AttentionLoss(torch.autograd.Function):
+    """Keeps what the attention loss keeps: the gradients of the student's queries and keys."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty_like(q), torch.empty_like(k))
+        return torch.zeros((), device=q.device)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return tuple(saved * upstream for saved in ctx.saved_tensors)
+
+
+def _attention_loss(student: LayerAttention, teacher: LayerAttention, masks: Any, **how: Any) -> Tensor:
+    return _AttentionLoss.apply(student.q, student.k)
+
+
+def _batch(setting: Setting) -> Batch:
+    """Rows as long as they may be; the end of each is learned."""
+    ids = np.full(setting.length, 1)
+    learned = np.arange(setting.length) >= round(setting.length * (1 - setting.response_share))
+    labels = np.where(learned, ids, IGNORE_INDEX)
+    samples = [Sample(ids, labels, number) for number in range(setting.rows)]
+    return pack([[sample] for sample in samples], pad_id=0) if setting.packing else pad(samples, pad_id=0)
+
+
+def _half(setting: Setting) -> torch.dtype:
+    return torch.float16 if setting.precision.startswith("16") else torch.bfloat16
+
+
+def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
+    made = {key: mode.from_tensor(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    return Batch(**made)  # type: ignore[typeddict-item]
+
+
+def _fake_rows(rows: ResponseRows, mode: FakeTensorMode) -> ResponseRows:
+    return ResponseRows(mode.from_tensor(rows.places), mode.from_tensor(rows.targets), _fake(rows.host, mode))
