@@ -4,7 +4,7 @@ import logging
 from itertools import chain, count
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Self
 
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
@@ -25,7 +25,7 @@ class InstructionCLI(LightningCLI):
     """`LightningCLI` for instruction tuning: modules by class_path, optimizers as arguments of the module."""
 
     @classmethod
-    def start(cls, args: list[str] | None = None, run: bool = True) -> "InstructionCLI":
+    def start(cls, args: list[str] | None = None, run: bool = True) -> Self:
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_adverts)
         return cls(
             InstructionModule,

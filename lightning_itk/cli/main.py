@@ -22,6 +22,10 @@ COMMANDS = {
     "prune": ("cli.prune", "prune_model", "make a smaller student out of a model: some of its layers"),
     "export": ("cli.export", "export_checkpoint", "turn a checkpoint into a Hugging Face folder"),
 }
+# Commands that take the configuration of fit; name -> (module, function, one line for --help)
+CONFIGURED = {
+    "plan": ("cli.plan", "plan", "memory, work and time of a configuration's step, before it is run"),
+}
 # command -> the argument that may stand without its name
 POSITIONAL = {"compare": "runs"}
 STAGES = {
@@ -48,9 +52,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if args[0] in COMMANDS:
             return _command(args[0], args[1:])
-        if args[0] in STAGES:
+        if args[0] in STAGES or args[0] in CONFIGURED:
             return _stage(args)
-        raise ValueError(f"unknown command {args[0]!r}; there are {', '.join([*STAGES, *COMMANDS])}")
+        known = ", ".join([*STAGES, *CONFIGURED, *COMMANDS])
+        raise ValueError(f"unknown command {args[0]!r}; there are {known}")
     except Exception as error:
         if os.environ.get("ITK_TRACEBACK"):
             raise
@@ -67,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _print_help() -> None:
     print("usage: lightning-itk COMMAND [--config FILE] [options] | --version\n\ncommands (each has its own --help):")
-    for name, text in {**STAGES, **{name: entry[2] for name, entry in COMMANDS.items()}}.items():
+    for name, text in {**STAGES, **{name: entry[2] for name, entry in (CONFIGURED | COMMANDS).items()}}.items():
         print(f"  {name:<16}{text}")
 
 
@@ -108,7 +113,11 @@ def _stage(args: list[str]) -> int:
 
     # So that class_path finds a module beside the configuration; last, so it hides nothing.
     sys.path.append(os.getcwd())
-    InstructionCLI.start(args)
+    if args[0] in CONFIGURED:
+        module, function, _ = CONFIGURED[args[0]]
+        getattr(import_module(f"lightning_itk.{module}"), function)(args[1:])
+    else:
+        InstructionCLI.start(args)
     return 0
 
 

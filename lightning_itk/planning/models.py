@@ -33,14 +33,15 @@ def read_config(name: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(f"{reason}: {first_line(error)[:200]}") from error
 
 
-def depths(config: Any, every: int = 1) -> Depth:
-    """Depths to simulate: whole periods of the pattern of a model's layers, and of `every` n-th layer."""
+def depths(config: Any, every: int = 1, teacher: bool = False) -> Depth:
+    """Depths to simulate: whole periods of the pattern of a model's layers, and of `every` n-th layer. A teacher's are
+    a period deeper, so that it is never shallower than its student."""
     text = config.get_text_config()
     whole, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or [""]
     period = next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
     period *= every
     dense = getattr(text, "first_k_dense_replace", None) or 0
-    short = dense + -(-_LEAST // period) * period
+    short = dense + -(-_LEAST // period) * period + (period if teacher else 0)
     longer = short + period
     return Depth(whole, whole, whole) if longer >= whole else Depth(whole, short, longer)
 

@@ -1,10 +1,10 @@
 """One optimizer step of a module that holds no numbers, on one of so many ranks that are not there."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -14,13 +14,14 @@ import transformers.masking_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_itk.attention.capture import AttentionTap
 from lightning_itk.attention.layer import LayerAttention
 from lightning_itk.batch import IGNORE_INDEX, Batch, ResponseRows, Sample, pack, pad, response_rows
+from lightning_itk.kernels.chunks import ChunkPlan, plan_chunks
+from lightning_itk.kernels.linear_kl import SCRATCH
 from lightning_itk.losses import chunked
 from lightning_itk.methods import attention_maps, distillation, teacher
 from lightning_itk.methods import module as base
@@ -33,6 +34,9 @@ from lightning_itk.planning.models import Depth, depths, read_config, shallow_mo
 from lightning_itk.planning.tracker import Part, StepTracker
 
 
+_BLOCKS = 256
+
+
 @dataclass(frozen=True)
 class Setting:
     """What of a run decides its memory, beside the module itself.
@@ -42,7 +46,6 @@ class Setting:
         response_share: share of the positions that are learned; 1 is the most that can be.
         strategy: single, ddp or fsdp2.
         gpu: count as on a GPU: its chunks, its foreach optimizers.
-        triton: the losses run in Triton.
     """
 
     rows: int
@@ -55,6 +58,7 @@ class Setting:
     ranks: int = 1
     gpu: bool = True
     triton: bool = True
+    cached_teacher: bool = False
 
 
 @dataclass
@@ -108,14 +112,18 @@ def simulate(build: Callable[[], InstructionModule], setting: Setting, every: in
     return total
 
 
-def _run(build: Callable[[], InstructionModule], setting: Setting, planned: list[Depth], deeper: int | None, every: int):
+def _run(
+    build: Callable[[], InstructionModule], setting: Setting, planned: list[Depth], deeper: int | None, every: int
+):
     """One simulated step; fills `planned` where it is empty. deeper: the number of the model that gets more layers."""
     calls = iter(range(1000))
 
     def load(name: str, *, model_kwargs: Any = None, **how: Any) -> Any:
         number = next(calls)
         if number == len(planned):
-            planned.append(depths(read_config(name, how.get("trust_remote_code", False)), every))
+            config = read_config(name, how.get("trust_remote_code", False))
+            cached = number > 0 and setting.cached_teacher
+            planned.append(Depth(1, 1, 1) if cached else depths(config, every, teacher=number > 0))
         depth = planned[number]
         return shallow_model(name, depth.longer if number == deeper else depth.short, **how)
 
@@ -123,28 +131,41 @@ def _run(build: Callable[[], InstructionModule], setting: Setting, planned: list
     rows = response_rows(batch)
     tracker = StepTracker()
     with _ranks(setting) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, _without_numbers(setting, load):
-        with tracker, ExitStack() as stack:
-            module = build()
-            if setting.precision.endswith("-true") and not setting.precision.startswith("32"):
-                module.to(_half(setting))
-            module._packing_checked = True
-            whole = [[p for p in model.parameters()] for model in module.models()]
-            sizes = [[p.numel() for p in model] for model in whole]
-            step = Step(
-                {}, 0, 0,
-                [float(sum(p.numel() * p.element_size() for p in model)) for model in whole],
-                [float(sum(model)) for model in sizes],
-                float(sum(p.numel() for p in whole[0] if p.requires_grad)),
-                [base_causal_lm(model).config.get_text_config().hidden_size for model in module.models()],
-            )  # fmt: skip
-            del whole
-            head = head_of(module.student).weight.shape
-            if setting.strategy == "fsdp2":
-                module._device_mesh = mesh
-                module._trainer = SimpleNamespace(precision=setting.precision)
-                module.configure_model()
-            stack.enter_context(_gpu(setting, rows, head, tracker))
-            _take_steps(module, _fake(batch, fake), _fake_rows(rows, fake), setting, tracker, head)
+        module = build()
+        if setting.precision.endswith("-true") and not setting.precision.startswith("32"):
+            module.to(_half(setting))
+        module._packing_checked = True
+        whole = [list(model.parameters()) for model in module.models()]
+        sizes = [[p.numel() for p in model] for model in whole]
+        step = Step(
+            {}, 0, 0,
+            [float(sum(p.numel() * p.element_size() for p in model)) for model in whole],
+            [float(sum(model)) for model in sizes],
+            float(sum(p.numel() for p in whole[0] if p.requires_grad)),
+            [base_causal_lm(model).config.get_text_config().hidden_size for model in module.models()],
+        )  # fmt: skip
+        del whole
+        head = head_of(module.student).weight
+        distils = isinstance(module, DistillationModule)
+        own = isinstance(module, DistillationModule) and type(module).divergence is not DistillationModule.divergence
+        count = rows.places.numel()
+        chunks = _chunks(setting, count, head, distils) if setting.gpu and setting.triton and not own else None
+        kept = (
+            count * chunks.columns * (4 if setting.precision == "32-true" else 2)
+            if chunks and chunks.keep_dlogits
+            else 0
+        )
+        if setting.cached_teacher:
+            module.models = lambda: [module.student]  # type: ignore[method-assign]
+        if setting.strategy == "fsdp2":
+            module._device_mesh = mesh
+            module._trainer = cast(Any, SimpleNamespace(precision=setting.precision))
+            module.configure_model()
+        if isinstance(module, DAEModule):  # the largest teacher teaches all: as much as a batch can ask for
+            largest = max(module.teachers, key=lambda name: sum(p.numel() for p in module.teachers[name].parameters()))
+            batch["teachers"] = (largest,)
+        with tracker, _losses(setting, chunks, count, head.shape[0], tracker):
+            _take_steps(module, _fake(batch, fake), _fake_rows(rows, fake), setting, tracker, kept)
     step.peaks = {moment: dict(parts) for moment, parts in tracker.peaks.items()}
     step.flops, step.traffic = float(tracker.flops), float(tracker.traffic)
     return step
@@ -156,7 +177,7 @@ def _take_steps(
     rows: ResponseRows,
     setting: Setting,
     tracker: StepTracker,
-    head: torch.Size,
+    kept_bytes: int,
 ) -> None:
     """Two steps: the optimizer's state is made in the first; the second is looked at."""
     student, *teachers = module.models()
@@ -166,6 +187,8 @@ def _take_steps(
         tracker.mark([*model.parameters(), *model.buffers()], Part.TEACHER)
         model.register_forward_pre_hook(lambda *_: setattr(tracker, "part", Part.TEACHER))
         model.register_forward_hook(lambda *_: setattr(tracker, "part", Part.ACTIVATIONS))
+    if setting.cached_teacher and isinstance(module, DistillationModule):
+        tracker.mark((head_of(each.model).weight for each in module.teachers.values()), Part.TEACHER)
     optimizer = module.optimizer(trained)
     for group in optimizer.param_groups:
         if setting.gpu and group.get("foreach", 0) is None and not group.get("fused"):
@@ -177,20 +200,22 @@ def _take_steps(
     layers = [m for m in student.modules() if isinstance(m, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):
         layer.register_forward_hook(_watch(tracker, trained, number, len(layers)))
-    with patch.object(base, "response_rows", lambda _: rows), patch.object(
-        distillation, "response_rows", lambda _: rows
+    with (
+        patch.object(base, "response_rows", lambda _: rows),
+        patch.object(distillation, "response_rows", lambda _: rows),
     ):
         for count in (1, min(setting.accumulate, 2)):
             tracker.peaks.clear()
             tracker.flops = tracker.traffic = 0
             for _ in range(count):
-                _micro_batch(module, batch, rows, setting, tracker, head, trained)
+                _micro_batch(module, batch, setting, tracker, kept_bytes, trained)
             tracker.flops = tracker.flops * setting.accumulate // count
             tracker.traffic = tracker.traffic * setting.accumulate // count
             tracker.moment = "optimizer"
             with tracker.allocating(Part.OPTIMIZER):
                 optimizer.step()
-            tracker.mark((t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)), Part.OPTIMIZER)
+            states = (t for state in optimizer.state.values() for t in state.values())
+            tracker.mark((t for t in states if isinstance(t, Tensor)), Part.OPTIMIZER)
             optimizer.zero_grad()
             tracker.moment = ""
     del buckets
@@ -199,10 +224,9 @@ def _take_steps(
 def _micro_batch(
     module: InstructionModule,
     batch: Batch,
-    rows: ResponseRows,
     setting: Setting,
     tracker: StepTracker,
-    head: torch.Size,
+    kept_bytes: int,
     trained: list[nn.Parameter],
 ) -> None:
     half = setting.precision.endswith("-mixed")
@@ -211,7 +235,7 @@ def _micro_batch(
         run = module.forward_pass(batch)
         tracker.moment = "loss"
         with tracker.allocating(Part.LOSS):
-            kept = _dlogits(setting, rows, head, run["input_ids"])
+            kept = torch.empty(kept_bytes, dtype=torch.uint8)
             total = weighted_sum(module.losses(run)) * 2.0**-10  # type: ignore[arg-type]
             del run, kept
     tracker.moment, tracker.part = "backward, head", Part.LOSS
@@ -268,8 +292,10 @@ def _without_numbers(setting: Setting, load: Callable[..., Any]) -> Iterator[Non
             (teacher.Teacher, "check_tokenizer", lambda *_: None),
             (teacher, "select", lambda *_: None),
             (AttentionTap, "probe", seen),
+            (nn.Module, "_apply", _converted({})),
             (attention_maps, "layer_attention_kl", _attention_loss),
             (attention_maps, "_masks", lambda _: None),
+            *([(teacher.Teacher, "forward", _cached)] if setting.cached_teacher else []),
             *([] if setting.packing else [(transformers.masking_utils, "is_tracing", lambda *_: False)]),
         ):
             stack.enter_context(patch.object(where, name, instead))
@@ -277,15 +303,9 @@ def _without_numbers(setting: Setting, load: Callable[..., Any]) -> Iterator[Non
 
 
 @contextmanager
-def _gpu(setting: Setting, rows: ResponseRows, head: torch.Size, tracker: StepTracker) -> Iterator[None]:
-    """The torch losses in the chunks of a GPU, or of Triton, with products of half-precision inputs as there."""
-    if not setting.gpu:
-        yield
-        return
-    chunk, block = chunked.CHUNK_ELEMENTS["cuda"], chunked.BLOCK_ELEMENTS["cuda"]
-    if setting.triton:  # its rows are overwritten in place
-        chunk = _chunks(setting, rows, head).rows * head[0]
-        block = max(2**20, chunk // 32)
+def _losses(setting: Setting, chunks: ChunkPlan | None, rows: int, vocab: int, tracker: StepTracker) -> Iterator[None]:
+    """The torch losses in the chunks of a GPU, with products of half-precision inputs as there; or in those of Triton's
+    formula, where logits become their gradient in place. So they do where blocks would be many: those are small."""
     product = chunked._product
 
     def half_stays(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -300,31 +320,54 @@ def _gpu(setting: Setting, rows: ResponseRows, head: torch.Size, tracker: StepTr
         tracker.flops += 2 * hidden.numel() * weight.shape[0]  # a product that CPUs lack
         return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
 
-    with (
-        patch.dict(chunked.CHUNK_ELEMENTS, cpu=chunk),
-        patch.dict(chunked.BLOCK_ELEMENTS, cpu=block),
-        patch.object(chunked, "_matmul_dtype", half_stays),
-        patch.object(chunked, "_product", into_fp32),
-    ):
+    def in_place(_: Any, hidden: Tensor, student: Any, states: Any, head: Any, __: Any, ___: Any, with_gradient: bool):
+        made = None if states is None else chunked.project(states, head)
+        logits = chunked.project(hidden, student)
+        del made
+        return logits.new_zeros(()), logits.new_zeros(()), logits if with_gradient else None
+
+    with ExitStack() as stack:
+        block = chunked.BLOCK_ELEMENTS["cuda" if setting.gpu else "cpu"]
+        if setting.gpu:
+            elements = chunked.CHUNK_ELEMENTS["cuda"] if chunks is None else chunks.rows * vocab
+            stack.enter_context(patch.dict(chunked.CHUNK_ELEMENTS, cpu=elements))
+            stack.enter_context(patch.dict(chunked.BLOCK_ELEMENTS, cpu=block))
+            stack.enter_context(patch.object(chunked, "_matmul_dtype", half_stays))
+            stack.enter_context(patch.object(chunked, "_product", into_fp32))
+        if chunks is not None or rows * vocab > _BLOCKS * block:
+            stack.enter_context(patch.object(chunked, "_one_chunk", in_place))
         yield
 
 
-def _chunks(setting: Setting, rows: ResponseRows, head: torch.Size) -> Any:
-    from lightning_itk.kernels.chunks import plan_chunks
-    from lightning_itk.kernels.linear_kl import SCRATCH
-
-    itemsize = 4 if setting.precision == "32-true" else 2
+def _chunks(setting: Setting, rows: int, head: Tensor, teacher: bool) -> ChunkPlan:
+    """How Triton would walk the response rows."""
+    trains, (vocab, width) = head.requires_grad, head.shape
     return plan_chunks(
-        rows.places.numel(), *head, itemsize, teacher=True, trains_head=True, max_scratch_bytes=SCRATCH
+        rows, vocab, width, _itemsize(setting), teacher=teacher, trains_head=trains, max_scratch_bytes=SCRATCH
     )
 
 
-def _dlogits(setting: Setting, rows: ResponseRows, head: torch.Size, like: Tensor) -> Tensor | None:
-    """The gradient of all logits, where Triton keeps it."""
-    if not setting.triton or not _chunks(setting, rows, head).keep_dlogits:
-        return None
-    dtype = torch.float32 if setting.precision == "32-true" else torch.bfloat16
-    return torch.empty(rows.places.numel(), head[0], dtype=dtype, device=like.device)
+def _cached(self: teacher.Teacher, batch: Batch) -> teacher.TeacherOutput:
+    head = head_of(self.model)
+    ids = batch["input_ids"]
+    return teacher.TeacherOutput(head.weight.new_empty(*ids.shape, head.weight.shape[1]), head, {})
+
+
+def _converted(made: dict[Tensor, Tensor]) -> Callable[..., nn.Module]:
+    """`Module._apply` for fake parameters, which torch would swap and cannot; tied ones stay tied."""
+
+    def apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for module in self.modules() if recurse else [self]:
+            for own, wrap in ((module._parameters, True), (module._buffers, False)):
+                for name, old in own.items():
+                    if old is None or (new := function(old.detach())).dtype == old.dtype:
+                        continue
+                    if old not in made:
+                        made[old] = nn.Parameter(new, requires_grad=old.requires_grad) if wrap else new
+                    own[name] = made[old]  # type: ignore[assignment]
+        return self
+
+    return apply
 
 
 class _AttentionLoss(torch.autograd.Function):
@@ -351,6 +394,10 @@ def _batch(setting: Setting) -> Batch:
     labels = np.where(learned, ids, IGNORE_INDEX)
     samples = [Sample(ids, labels, number) for number in range(setting.rows)]
     return pack([[sample] for sample in samples], pad_id=0) if setting.packing else pad(samples, pad_id=0)
+
+
+def _itemsize(setting: Setting) -> int:
+    return 4 if setting.precision == "32-true" else 2
 
 
 def _half(setting: Setting) -> torch.dtype:

@@ -82,11 +82,9 @@ class StepTracker(MemTracker):
         kwargs = kwargs or {}
         fake = active_fake_mode()
         if func is torch.ops.aten._local_scalar_dense.default and fake:
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)  # any number will do
-        if func is torch.ops._c10d_functional.wait_tensor.default and fake:
-            result = args[0]  # as in eager mode: no new tensor
-        else:
-            result = func(*args, **kwargs)
+            return 1.0 if args[0].is_floating_point() else 1  # any number will do
+        waits = fake and func is torch.ops._c10d_functional.wait_tensor.default  # makes no tensor in eager mode
+        result = args[0] if waits else func(*args, **kwargs)
         if fake is not self._fake_mode_on_entry:
             return result  # DTensor finds out about shapes
         gathered = self.part if self.part is Part.TEACHER else Part.WEIGHTS
@@ -111,6 +109,8 @@ class StepTracker(MemTracker):
         packet = func._overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif "grouped_mm" in packet.__name__:  # experts: each token meets its own
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
         elif packet.__name__ == _ATTENTION:
             self.flops += sdpa_flop_count(*(t.shape for t in args[:3]))
         elif packet.__name__ == f"{_ATTENTION}_backward":

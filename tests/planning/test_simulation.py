@@ -18,7 +18,12 @@ RUNS = {
     "sft deeper": ("sft", "deeper", {}, {"accumulate_grad_batches": 2}),
     "sft wider": ("sft", "wider", {}, {}),
     "sft small, checkpointing": ("sft", "small", {"gradient_checkpointing": True}, {}),
-    "sft wider, checkpointing, bf16-mixed": ("sft", "wider", {"gradient_checkpointing": True}, {"precision": "bf16-mixed"}),
+    "sft wider, checkpointing, bf16-mixed": (
+        "sft",
+        "wider",
+        {"gradient_checkpointing": True},
+        {"precision": "bf16-mixed"},
+    ),
     "sft small, bf16-true": ("sft", "small", {}, {"precision": "bf16-true"}),
     "sft deeper, lora": ("sft", "deeper", {"lora": {"r": 4}}, {}),
     "kd deeper": ("kd", "deeper", {}, {}),
@@ -61,7 +66,6 @@ def test_peak_and_work_are_those_of_a_real_run(name, models, tmp_path):
     planned.measure(tmp_path, "run", method, folders, how, dict(trainer))
     real = json.loads((tmp_path / "run.0.json").read_text())
     peak = max(sum(parts.values()) for parts in step.peaks.values())
-    print(f"TABLE {name}: {peak / 2**20:.2f} MiB simulated, {real['peak'] / 2**20:.2f} real, {peak / real['peak'] - 1:+.1%}, flops {step.flops / real['flops'] - 1:+.1%}")
     assert peak == pytest.approx(real["peak"], rel=0.1)
     assert step.flops == pytest.approx(real["flops"], rel=0.02)
 
@@ -74,5 +78,4 @@ def test_peak_of_two_ranks_of_fsdp2(models, tmp_path):
     peak = max(sum(parts.values()) for parts in step.peaks.values())
     for rank in range(2):
         real = json.loads((tmp_path / f"run.{rank}.json").read_text())["peak"]
-        print(f"TABLE fsdp2 rank {rank}: {peak / 2**20:.2f} MiB simulated, {real / 2**20:.2f} real, {peak / real - 1:+.1%}")
         assert peak == pytest.approx(real, rel=0.1)
