@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 import transformers.masking_utils
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,7 +37,6 @@ from lightning_itk.methods.step import weighted_sum
 from lightning_itk.models.hidden import base_causal_lm, head_of
 from lightning_itk.planning.models import Depth, depths, read_config, shallow_model
 from lightning_itk.planning.tracker import Part, StepTracker
-
 
 _BLOCKS = 256
 
@@ -102,13 +106,16 @@ def simulate(build: Callable[[], InstructionModule], setting: Setting, every: in
     Raises:
         ValueError: a model that cannot be run without numbers; one line.
     """
-    planned: list[Depth] = []
-    first = _run(build, setting, planned, None, every)
-    total = first
-    for number, depth in enumerate(planned):
-        if depth.whole > depth.short:
-            deeper = _run(build, setting, planned, number, every)
-            total = total.grown(first, deeper, (depth.whole - depth.short) / (depth.longer - depth.short))
+    try:
+        planned: list[Depth] = []
+        first = _run(build, setting, planned, None, every)
+        total = first
+        for number, depth in enumerate(planned):
+            if depth.whole > depth.short:
+                deeper = _run(build, setting, planned, number, every)
+                total = total.grown(first, deeper, (depth.whole - depth.short) / (depth.longer - depth.short))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise ValueError(f"this model cannot be run without numbers: its forward asks {error}") from error
     return total
 
 

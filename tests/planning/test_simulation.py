@@ -79,3 +79,27 @@ def test_peak_of_two_ranks_of_fsdp2(models, tmp_path):
     for rank in range(2):
         real = json.loads((tmp_path / f"run.{rank}.json").read_text())["peak"]
         assert peak == pytest.approx(real, rel=0.1)
+
+
+def test_shallow_runs_tell_the_deep_one(models):
+    """With every = many the model is run as deep as it is."""
+    setting = Setting(rows=2, length=64, precision="bf16-mixed", accumulate=3)
+    folders = models("deeper")
+
+    def build():
+        return planned.module("kd", *folders, impl="torch", gradient_checkpointing=True)
+
+    told, whole = simulate(build, setting), simulate(build, setting, every=10**6)
+    assert told.peaks.keys() == whole.peaks.keys()
+    for moment, parts in whole.peaks.items():
+        assert sum(told.peaks[moment].values()) == pytest.approx(sum(parts.values()), rel=0.02), moment
+    assert (told.flops, told.traffic) == pytest.approx((whole.flops, whole.traffic), rel=1e-6)
+    assert told.weights == whole.weights
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "gemma3_text", "gpt2", "opt", "phi3"])
+def test_other_models(model_folder, arch):
+    folder = model_folder(arch, 0)
+    for packing in (False, True):
+        step = simulate(lambda: planned.module("sft", folder, "", impl="torch"), Setting(2, 32, packing=packing))
+        assert step.flops > 0
