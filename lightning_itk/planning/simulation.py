@@ -186,7 +186,7 @@ def _take_steps(
     tracker: StepTracker,
     kept_bytes: int,
 ) -> None:
-    """Two steps: the optimizer's state is made in the first; the second is looked at."""
+    """A step that has others before it: the optimizer's state is there."""
     student, *teachers = module.models()
     trained = [p for p in module.parameters() if p.requires_grad]
     tracker.mark([*student.parameters(), *student.buffers()], Part.WEIGHTS)
@@ -200,6 +200,11 @@ def _take_steps(
     for group in optimizer.param_groups:
         if setting.gpu and group.get("foreach", 0) is None and not group.get("fused"):
             group["foreach"] = True  # what torch chooses there
+    with tracker.allocating(Part.OPTIMIZER):  # its state, as an earlier step made it
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
     buckets = None
     if setting.strategy == "ddp":  # its reducer copies all gradients
         with tracker.allocating(Part.GRADIENTS):
@@ -211,20 +216,15 @@ def _take_steps(
         patch.object(base, "response_rows", lambda _: rows),
         patch.object(distillation, "response_rows", lambda _: rows),
     ):
-        for count in (1, min(setting.accumulate, 2)):
-            tracker.peaks.clear()
-            tracker.flops = tracker.traffic = 0
-            for _ in range(count):
-                _micro_batch(module, batch, setting, tracker, kept_bytes, trained)
-            tracker.flops = tracker.flops * setting.accumulate // count
-            tracker.traffic = tracker.traffic * setting.accumulate // count
-            tracker.moment = "optimizer"
-            with tracker.allocating(Part.OPTIMIZER):
-                optimizer.step()
-            states = (t for state in optimizer.state.values() for t in state.values())
-            tracker.mark((t for t in states if isinstance(t, Tensor)), Part.OPTIMIZER)
-            optimizer.zero_grad()
-            tracker.moment = ""
+        count = min(setting.accumulate, 2)
+        for _ in range(count):
+            _micro_batch(module, batch, setting, tracker, kept_bytes, trained)
+        tracker.flops = tracker.flops * setting.accumulate // count
+        tracker.traffic = tracker.traffic * setting.accumulate // count
+        tracker.moment = "optimizer"
+        with tracker.allocating(Part.OPTIMIZER):
+            optimizer.step()
+        tracker.moment = ""
     del buckets
 
 

@@ -84,7 +84,12 @@ class StepTracker(MemTracker):
         if func is torch.ops.aten._local_scalar_dense.default and fake:
             return 1.0 if args[0].is_floating_point() else 1  # any number will do
         waits = fake and func is torch.ops._c10d_functional.wait_tensor.default  # makes no tensor in eager mode
-        result = args[0] if waits else func(*args, **kwargs)
+        if waits:
+            result = args[0]
+        elif fake and func is torch.ops.aten._grouped_mm.default:
+            result = _grouped(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         if fake is not self._fake_mode_on_entry:
             return result  # DTensor finds out about shapes
         gathered = self.part if self.part is Part.TEACHER else Part.WEIGHTS
@@ -119,3 +124,11 @@ class StepTracker(MemTracker):
             for tensor in tree_leaves((args, kwargs, result)):
                 if isinstance(tensor, Tensor):
                     self.traffic += tensor.numel() * tensor.element_size()
+
+
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """What a product of each group's tokens with its own weights returns, in any dtype; fake CPUs do it in bf16 only."""
+    if b.ndim == 3:
+        return a.new_empty(*a.shape[:-1], b.shape[2])
+    groups = offs.numel() if offs is not None else 1
+    return a.new_empty(groups, a.shape[0], b.shape[1])
