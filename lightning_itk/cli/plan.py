@@ -17,7 +17,8 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.outputs import check_output, note_output
 from lightning_itk.planning.devices import SHARE_OF_PEAK, SPARE, device
 from lightning_itk.planning.estimate import GiB, Plan, fits, host_bytes, peak, seconds, suggestions
-from lightning_itk.planning.simulation import Setting, simulate
+from lightning_itk.planning.setting import Setting
+from lightning_itk.planning.simulation import simulate
 
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
 
@@ -128,6 +129,8 @@ def _setting(config: Namespace) -> Setting:
     precision = _PRECISIONS.get(precision, precision)
     if precision not in ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"):
         raise ValueError(f"trainer.precision is {precision}: plan knows 32-true, bf16-mixed, bf16-true and 16-mixed")
+    from lightning_itk.kernels.launch import KINDS
+
     gpu = config.device != "cpu"
     return Setting(
         rows=data.batch_size,
@@ -139,7 +142,7 @@ def _setting(config: Namespace) -> Setting:
         strategy=_strategy(trainer.get("strategy"), ranks),
         ranks=ranks,
         gpu=gpu,
-        triton=gpu and init.get("impl", "auto") != "torch",
+        triton=gpu and init.get("impl", "auto") != "torch" and init.get("kind", "forward") in KINDS,
     )
 
 

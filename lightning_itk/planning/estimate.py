@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.planning.devices import SHARE_OF_PEAK, SPARE, Device
-from lightning_itk.planning.simulation import Setting, Step, simulate
+from lightning_itk.planning.setting import Setting
+from lightning_itk.planning.simulation import Step, simulate
 
 GiB = 2**30
 Build = Callable[[Setting, dict[str, Any]], Callable[[], InstructionModule]]

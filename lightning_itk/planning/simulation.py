@@ -1,7 +1,7 @@
 """One optimizer step of a module that holds no numbers, on one of so many ranks that are not there."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +10,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers.masking_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -22,47 +21,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightning_itk.attention.capture import AttentionTap
-from lightning_itk.attention.layer import LayerAttention
 from lightning_itk.batch import IGNORE_INDEX, Batch, ResponseRows, Sample, pack, pad, response_rows
-from lightning_itk.kernels.chunks import ChunkPlan, plan_chunks
-from lightning_itk.kernels.linear_kl import SCRATCH
-from lightning_itk.losses import chunked
-from lightning_itk.methods import attention_maps, distillation, teacher
+from lightning_itk.methods import distillation
 from lightning_itk.methods import module as base
 from lightning_itk.methods.dae import DAEModule
 from lightning_itk.methods.distillation import DistillationModule
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.methods.step import weighted_sum
 from lightning_itk.models.hidden import base_causal_lm, head_of
+from lightning_itk.planning.losses import chunks_of, losses_of
 from lightning_itk.planning.models import Depth, depths, read_config, shallow_model
+from lightning_itk.planning.setting import Setting
+from lightning_itk.planning.stand_ins import without_numbers
 from lightning_itk.planning.tracker import Part, StepTracker
-
-_BLOCKS = 256
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What of a run decides its memory, beside the module itself.
-
-    Attributes:
-        rows: rows of a micro-batch, each as long as `length`.
-        response_share: share of the positions that are learned; 1 is the most that can be.
-        strategy: single, ddp or fsdp2.
-        gpu: count as on a GPU: its chunks, its foreach optimizers.
-    """
-
-    rows: int
-    length: int
-    response_share: float = 1.0
-    packing: bool = False
-    accumulate: int = 1
-    precision: str = "32-true"
-    strategy: str = "single"
-    ranks: int = 1
-    gpu: bool = True
-    triton: bool = True
-    cached_teacher: bool = False
 
 
 @dataclass
@@ -137,10 +108,10 @@ def _run(
     batch = _batch(setting)
     rows = response_rows(batch)
     tracker = StepTracker()
-    with _ranks(setting) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, _without_numbers(setting, load):
+    with _ranks(setting) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, without_numbers(setting, load):
         module = build()
         if setting.precision.endswith("-true") and not setting.precision.startswith("32"):
-            module.to(_half(setting))
+            module.to(setting.half)
         module._packing_checked = True
         whole = [list(model.parameters()) for model in module.models()]
         sizes = [[p.numel() for p in model] for model in whole]
@@ -156,7 +127,7 @@ def _run(
         distils = isinstance(module, DistillationModule)
         own = isinstance(module, DistillationModule) and type(module).divergence is not DistillationModule.divergence
         count = rows.places.numel()
-        chunks = _chunks(setting, count, head, distils) if setting.gpu and setting.triton and not own else None
+        chunks = chunks_of(setting, count, head, distils) if setting.gpu and setting.triton and not own else None
         kept = (
             count * chunks.columns * (4 if setting.precision == "32-true" else 2)
             if chunks and chunks.keep_dlogits
@@ -171,7 +142,7 @@ def _run(
         if isinstance(module, DAEModule):  # the largest teacher teaches all: as much as a batch can ask for
             largest = max(module.teachers, key=lambda name: sum(p.numel() for p in module.teachers[name].parameters()))
             batch["teachers"] = (largest,)
-        with tracker, _losses(setting, chunks, count, head.shape[0], tracker):
+        with tracker, losses_of(setting, chunks, count, head.shape[0], tracker):
             _take_steps(module, _fake(batch, fake), _fake_rows(rows, fake), setting, tracker, kept)
     step.peaks = {moment: dict(parts) for moment, parts in tracker.peaks.items()}
     step.flops, step.traffic = float(tracker.flops), float(tracker.traffic)
@@ -237,7 +208,7 @@ def _micro_batch(
     trained: list[nn.Parameter],
 ) -> None:
     half = setting.precision.endswith("-mixed")
-    with torch.autocast("cpu", dtype=_half(setting), enabled=half):
+    with torch.autocast("cpu", dtype=setting.half, enabled=half):
         tracker.part, tracker.moment = Part.ACTIVATIONS, "forward"
         run = module.forward_pass(batch)
         tracker.moment = "loss"
@@ -282,118 +253,6 @@ def _ranks(setting: Setting) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _without_numbers(setting: Setting, load: Callable[..., Any]) -> Iterator[None]:
-    """Models come without weights, and nothing looks at numbers: no proofs, no masks that depend on them."""
-
-    def seen(tap: AttentionTap, layers: Any = None) -> None:
-        tap.packed_rows = 2
-
-    with ExitStack() as stack:
-        for where, name, instead in (
-            (base, "load_causal_lm", load),
-            (teacher, "load_causal_lm", load),
-            (base, "check_head", lambda _: None),
-            (teacher, "check_head", lambda _: None),
-            (base, "load_tokenizer", lambda *_, **__: None),
-            (teacher.Teacher, "check_tokenizer", lambda *_: None),
-            (teacher, "select", lambda *_: None),
-            (AttentionTap, "probe", seen),
-            (nn.Module, "_apply", _converted({})),
-            (attention_maps, "layer_attention_kl", _attention_loss),
-            (attention_maps, "_masks", lambda _: None),
-            *([(teacher.Teacher, "forward", _cached)] if setting.cached_teacher else []),
-            *([] if setting.packing else [(transformers.masking_utils, "is_tracing", lambda *_: False)]),
-        ):
-            stack.enter_context(patch.object(where, name, instead))
-        yield
-
-
-@contextmanager
-def _losses(setting: Setting, chunks: ChunkPlan | None, rows: int, vocab: int, tracker: StepTracker) -> Iterator[None]:
-    """The torch losses in the chunks of a GPU, with products of half-precision inputs as there; or in those of Triton's
-    formula, where logits become their gradient in place. So they do where blocks would be many: those are small."""
-    product = chunked._product
-
-    def half_stays(hidden: Tensor, weight: Tensor) -> torch.dtype:
-        if torch.is_autocast_enabled("cpu") and hidden.dtype != torch.float64:
-            return torch.get_autocast_dtype("cpu")
-        return torch.promote_types(hidden.dtype, weight.dtype)
-
-    def into_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
-        hidden = hidden.to(weight.dtype)
-        if weight.dtype not in (torch.bfloat16, torch.float16):
-            return product(hidden, weight)
-        tracker.flops += 2 * hidden.numel() * weight.shape[0]  # a product that CPUs lack
-        return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
-
-    def in_place(_: Any, hidden: Tensor, student: Any, states: Any, head: Any, __: Any, ___: Any, with_gradient: bool):
-        made = None if states is None else chunked.project(states, head)
-        logits = chunked.project(hidden, student)
-        del made
-        return logits.new_zeros(()), logits.new_zeros(()), logits if with_gradient else None
-
-    with ExitStack() as stack:
-        block = chunked.BLOCK_ELEMENTS["cuda" if setting.gpu else "cpu"]
-        if setting.gpu:
-            elements = chunked.CHUNK_ELEMENTS["cuda"] if chunks is None else chunks.rows * vocab
-            stack.enter_context(patch.dict(chunked.CHUNK_ELEMENTS, cpu=elements))
-            stack.enter_context(patch.dict(chunked.BLOCK_ELEMENTS, cpu=block))
-            stack.enter_context(patch.object(chunked, "_matmul_dtype", half_stays))
-            stack.enter_context(patch.object(chunked, "_product", into_fp32))
-        if chunks is not None or rows * vocab > _BLOCKS * block:
-            stack.enter_context(patch.object(chunked, "_one_chunk", in_place))
-        yield
-
-
-def _chunks(setting: Setting, rows: int, head: Tensor, teacher: bool) -> ChunkPlan:
-    """How Triton would walk the response rows."""
-    trains, (vocab, width) = head.requires_grad, head.shape
-    return plan_chunks(
-        rows, vocab, width, _itemsize(setting), teacher=teacher, trains_head=trains, max_scratch_bytes=SCRATCH
-    )
-
-
-def _cached(self: teacher.Teacher, batch: Batch) -> teacher.TeacherOutput:
-    head = head_of(self.model)
-    ids = batch["input_ids"]
-    return teacher.TeacherOutput(head.weight.new_empty(*ids.shape, head.weight.shape[1]), head, {})
-
-
-def _converted(made: dict[Tensor, Tensor]) -> Callable[..., nn.Module]:
-    """`Module._apply` for fake parameters, which torch would swap and cannot; tied ones stay tied."""
-
-    def apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for module in self.modules() if recurse else [self]:
-            for own, wrap in ((module._parameters, True), (module._buffers, False)):
-                for name, old in own.items():
-                    if old is None or (new := function(old.detach())).dtype == old.dtype:
-                        continue
-                    if old not in made:
-                        made[old] = nn.Parameter(new, requires_grad=old.requires_grad) if wrap else new
-                    own[name] = made[old]  # type: ignore[assignment]
-        return self
-
-    return apply
-
-
-class _AttentionLoss(torch.autograd.Function):
-    """Keeps what the attention loss keeps: the gradients of the student's queries and keys."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.empty_like(q), torch.empty_like(k))
-        return torch.zeros((), device=q.device)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        return tuple(saved * upstream for saved in ctx.saved_tensors)
-
-
-def _attention_loss(student: LayerAttention, teacher: LayerAttention, masks: Any, **how: Any) -> Tensor:
-    return _AttentionLoss.apply(student.q, student.k)
-
-
 def _batch(setting: Setting) -> Batch:
     """Rows as long as they may be; the end of each is learned."""
     ids = np.full(setting.length, 1)
@@ -401,14 +260,6 @@ def _batch(setting: Setting) -> Batch:
     labels = np.where(learned, ids, IGNORE_INDEX)
     samples = [Sample(ids, labels, number) for number in range(setting.rows)]
     return pack([[sample] for sample in samples], pad_id=0) if setting.packing else pad(samples, pad_id=0)
-
-
-def _itemsize(setting: Setting) -> int:
-    return 4 if setting.precision == "32-true" else 2
-
-
-def _half(setting: Setting) -> torch.dtype:
-    return torch.float16 if setting.precision.startswith("16") else torch.bfloat16
 
 
 def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:

@@ -127,7 +127,7 @@ class StepTracker(MemTracker):
 
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """What a product of each group's tokens with its own weights returns, in any dtype; fake CPUs do it in bf16 only."""
+    """What a product of each group's tokens with its own weights returns; fake CPUs know it in bf16 only."""
     if b.ndim == 3:
         return a.new_empty(*a.shape[:-1], b.shape[2])
     groups = offs.numel() if offs is not None else 1
