@@ -61,6 +61,8 @@ def losses_of(
 
 def chunks_of(setting: Setting, rows: int, head: Tensor, teacher: bool) -> "ChunkPlan":
     """How Triton would walk the response rows."""
+    from lightning_itk.kernels.chunks import plan_chunks
+    from lightning_itk.kernels.linear_kl import SCRATCH
 
     trains, (vocab, width) = head.requires_grad, head.shape
     return plan_chunks(
