@@ -22,6 +22,15 @@ from lightning_itk.planning.simulation import simulate
 
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
 
+_OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("devices", int | None, None, "Devices of a node; null = those of the configuration."),
+    ("nodes", int | None, None, "Nodes; null = those of the configuration."),
+    ("device", str, "h100", "Kind of device: h100, h200, a100-80, a100-40, l40s, rtx4090, b200, mi300x, cpu."),
+    ("response_share", float, 1.0, "Share of positions that are learned; 1 = the most that can be."),
+    ("output", str | None, None, "JSON file for the same figures."),
+    ("overwrite", bool, False, "Replace what an earlier plan wrote; nothing else ever."),
+)
+
 
 class PlanCLI(InstructionCLI):
     """`fit` with options of its own: nothing of it is made, only read."""
@@ -29,14 +38,7 @@ class PlanCLI(InstructionCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.description = "Simulate an optimizer step of a configuration of fit: its memory, work and time."
-        for name, kind, default, text in (
-            ("devices", int | None, None, "Devices of a node; null = those of the configuration."),
-            ("nodes", int | None, None, "Nodes; null = those of the configuration."),
-            ("device", str, "h100", "Kind of device: h100, h200, a100-80, a100-40, l40s, rtx4090, b200, mi300x, cpu."),
-            ("response_share", float, 1.0, "Share of positions that are learned; 1 = the most that can be."),
-            ("output", str | None, None, "JSON file for the same figures."),
-            ("overwrite", bool, False, "Replace what an earlier plan wrote; nothing else ever."),
-        ):
+        for name, kind, default, text in _OPTIONS:
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
 
     def instantiate_classes(self) -> None:
@@ -64,6 +66,11 @@ def plan(args: Sequence[str]) -> None:
     Raises:
         ValueError: what the user got wrong, in one line.
     """
+    if {"-h", "--help"} & {*args}:
+        print("usage: lightning-itk plan --config FILE [options, and any of fit's]\n")
+        for name, _, default, text in _OPTIONS:
+            print(f"  --{name:<16}{text} (default: {default})")
+        return
     cli = PlanCLI.start(["fit", *args])
     config = cli.config.fit
     kind = device(config.device)

@@ -8,8 +8,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lightning_itk.kernels.chunks import ChunkPlan
-from lightning_itk.kernels.linear_kl import SCRATCH
 from lightning_itk.losses import chunked
 from lightning_itk.planning.setting import Setting
 from lightning_itk.planning.tracker import StepTracker
@@ -22,7 +20,7 @@ _BLOCKS = 256  # more blocks than that are not run one by one
 
 @contextmanager
 def losses_of(
-    setting: Setting, chunks: ChunkPlan | None, rows: int, vocab: int, tracker: StepTracker
+    setting: Setting, chunks: "ChunkPlan | None", rows: int, vocab: int, tracker: StepTracker
 ) -> Iterator[None]:
     """The torch losses in the chunks of a GPU, with products of half-precision inputs as there; or in those of Triton's
     formula, where logits become their gradient in place. So they do where blocks would be many: those are small."""

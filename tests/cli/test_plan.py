@@ -15,7 +15,7 @@ DATA = "data: {train: %s, max_length: 64, batch_size: 4}\n"
 @pytest.fixture
 def configured(model_folder, tmp_path):
     """`configured(method, …)` -> the file of a configuration with tiny models and two records."""
-    student, teacher = (model_folder("llama", seed, num_hidden_layers=6) for seed in (0, 1))
+    student, teacher = (model_folder("llama", seed) for seed in (0, 1))
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "bcd"}\n' * 2)
 
     def make(method="SFT", precision="bf16-mixed", strategy="auto", devices=1, **more):
@@ -85,6 +85,11 @@ def test_every_suggestion_fits(configured, tmp_path, monkeypatch, capsys):
     assert "accumulate_grad_batches: 8" in changes
     assert all(each["peak_bytes"] <= devices.SPARE * small.memory * 2**30 for each in found["suggestions"])
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_help_names_its_own_options(capsys):
+    assert cli.main(["plan", "--help"]) == 0
+    assert "--response_share" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(configured, tmp_path, capsys):
