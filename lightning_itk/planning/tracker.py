@@ -114,6 +114,8 @@ class StepTracker(MemTracker):
         packet = func._overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif packet is torch.ops.aten.addmm_:  # flop_registry knows addmm
+            self.flops += 2 * args[1].numel() * args[2].shape[-1]
         elif "grouped_mm" in packet.__name__:  # experts: each token meets its own
             self.flops += 2 * args[0].numel() * args[1].shape[-1]
         elif packet.__name__ == _ATTENTION:
