@@ -86,7 +86,14 @@ class HFExport(Callback):
 
 
 class RunCard(Callback):
-    """Print, when training starts, what the run is made of: models, what trains, which kernels, tokens per step."""
+    """Print, when training starts, what the run is made of: models, what trains, which kernels, tokens per step.
+
+    Args:
+        memory: A line on the memory that a rank will take; `lightning-itk fit` simulates it.
+    """
+
+    def __init__(self, memory: str | None = None) -> None:
+        self.memory = memory
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, InstructionModule)
@@ -94,6 +101,8 @@ class RunCard(Callback):
         if not trainer.is_global_zero:
             return
         table = Table(title=type(pl_module).__name__, show_header=False, title_justify="left")
+        if self.memory is not None:
+            facts["memory of a rank"] = self.memory
         for name, value in facts.items():
             table.add_row(name, value)
         Console().print(table)

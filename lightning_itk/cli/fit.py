@@ -70,6 +70,12 @@ class InstructionCLI(LightningCLI):
         return kwargs | {"weights_only": True}  # of no checkpoint, wherever it comes from, is anything executed
 
     def _run_subcommand(self, subcommand: str) -> None:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        cards = [card for card in callbacks if isinstance(card, RunCard) and card.memory is None]
+        if subcommand == "fit" and cards and self.trainer.is_global_zero:
+            from lightning_itk.cli.planned_run import foretold
+
+            cards[0].memory = foretold(self)
         try:
             super()._run_subcommand(subcommand)
         except UnpicklingError as error:

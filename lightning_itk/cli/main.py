@@ -27,6 +27,7 @@ COMMANDS = {
 POSITIONAL = {"compare": "runs"}
 # Commands that take the configuration of fit; name -> (module, function, one line for --help)
 CONFIGURED = {
+    "plan": ("cli.plan", "plan", "memory, work and time of a configuration's step, before it is run"),
     "cache-teacher": (
         "cli.cache_teacher",
         "cache_teacher",

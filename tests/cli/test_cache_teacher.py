@@ -39,6 +39,11 @@ def cache(config: str, *more: str) -> list[str]:
     return ["cache-teacher", "--config", config, "--output", "cached", *map(str, more)]
 
 
+def planned(config: str, *more: str) -> dict:
+    assert cli.main(["plan", "--config", config, *more, "--output", "plan.json", "--overwrite", "true"]) == 0
+    return json.loads(Path("plan.json").read_text())
+
+
 def test_a_folder_takes_the_teachers_place(config, capsys, caplog):
     file = config(attention={"weight": 0.5, "layers": {0: 1, 1: 3}})
     assert cli.main(cache(file, "--attention", "true")) == 0
@@ -51,7 +56,14 @@ def test_a_folder_takes_the_teachers_place(config, capsys, caplog):
     assert cli.main(cache(file, "--attention", "true")) == 0
     assert "is complete and undamaged" in capsys.readouterr().out
     assert cli.main(["fit", "--config", file, "--model.init_args.teacher", "cached"]) == 0
-    assert "cached teacher" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "cached teacher" in printed
+    assert "simulated; there" in " ".join(printed.split())
+    live, stored = (
+        planned(file, "--model.init_args.teacher", teacher)
+        for teacher in (json.loads(Path(file).read_text())["model"]["init_args"]["teacher"], "cached")
+    )
+    assert 0 < stored["parts"]["teacher"] < live["parts"]["teacher"]
     assert "was begun with layers [1, 3], now it is []" in refused(capsys, *cache(file))
     assert cli.main(cache(file, "--overwrite", "true")) == 0
     assert "not stored (--attention true)" in capsys.readouterr().out
