@@ -13,6 +13,9 @@ PRUNED = {
     "random": "21",
 }  # student -> `prune --layers`; random: the shape of 21 layers, new weights
 SEEDS = (0, 1, 2)
+SIZES = {"pool": 1200, "prompts": 300, "mixture": 2000, "shop_test": 100}
+"""Records that are scored for the choice of data; prompts that four teachers answer; general and shop together; shop
+questions that are held out."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class Arm:
         question: the table it stands in.
         name: of the row.
         model: overlay of `model.init_args`; "class" is the module's name.
-        student: a key of PRUNED.
+        student: a key of PRUNED, or "whole": the model itself.
         records: how many training records, the first; None = all.
         steps: optimizer steps of 8 records.
+        data: what `materials.Materials.train` makes.
+        tokens_of: as many response tokens as `steps` steps of these data have, in place of `steps`.
     """
 
     question: str
@@ -34,6 +39,8 @@ class Arm:
     student: str = "21"
     records: int | None = None
     steps: int = 50
+    data: str = "train"
+    tokens_of: str | None = None
 
     @property
     def key(self) -> str:
@@ -42,7 +49,10 @@ class Arm:
     @property
     def design(self) -> str:
         """A hash of all that the figures depend on: a changed arm is another arm."""
-        content = [self.model, self.student, self.records, self.steps, BASE, RECORDS, CHARACTERS, PRUNED[self.student]]
+        layers = PRUNED.get(self.student)
+        content = [self.model, self.student, self.records, self.steps, BASE, RECORDS, CHARACTERS, layers]
+        if self.data != "train":
+            content += [self.data, self.tokens_of, SIZES, SCORING if self.question == "lp" else None]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
@@ -56,8 +66,19 @@ BASE: dict[str, Any] = {
     "trainer": {"accelerator": "cpu", "devices": 1, "gradient_clip_val": 1.0, "enable_checkpointing": False},
 }
 
+SCORING: dict[str, Any] = {"epochs": 1, "lr": 1e-4}  # of the run that scores the pool
+EXPERT: dict[str, Any] = {"steps": 100, "records": 1600, "lr": 1e-4}  # of the model's training on the shop
+
 SFT: dict[str, Any] = {"class": "SFTModule"}
 KD: dict[str, Any] = {"class": "KDModule"}
+DAE: dict[str, Any] = {"class": "DAEModule"}
+THIRDS = [(by, third) for by in ("135M", "21 layers") for third in ("lowest", "middle", "highest")]
+SOURCES = {
+    "human": "Dolly's humans",
+    "greedy": "the 135M, greedy",
+    "drawn": "the 135M, temperature 1",
+    "pruned": "21 layers, greedy",
+}
 
 
 def attention(weight: float, **more: Any) -> dict[str, Any]:
@@ -80,6 +101,25 @@ ARMS = (
     Arm("deep", "SFT, 15 layers", SFT, student="15"),
     Arm("deep", "KD, 15 layers", KD, student="15"),
     Arm("deep", "KD + attention 1, 15 layers", attention(1.0), student="15"),
+    *(
+        Arm("dae", f"{name}, {share} % shop", model, data=f"shop-{share}")
+        for share in (10, 50)
+        for name, model in (("SFT on both", SFT), ("KD on both", KD), ("DAE", DAE))
+    ),
+    Arm("lp", "random", SFT, "whole", data="random"),
+    *(Arm("lp", f"{third} by the {by}", SFT, "whole", data=f"lp-{by}-{third}") for by, third in THIRDS),
+    Arm("lp", "longest", SFT, "whole", data="longest"),
+    Arm("lp", "shortest", SFT, "whole", data="shortest"),
+    *(
+        Arm("lp", f"{name}, equal tokens", SFT, "whole", data=data, tokens_of="random")
+        for name, data in (
+            ("lowest by the 135M", "lp-135M-lowest"),
+            ("highest by the 135M", "lp-135M-highest"),
+            ("longest", "longest"),
+            ("shortest", "shortest"),
+        )
+    ),
+    *(Arm("car", name, SFT, data=f"car-{source}") for source, name in SOURCES.items()),
     Arm("attention", "KD, random weights", KD, student="random"),
     Arm("attention", "KD + attention 1, random weights", attention(1.0), student="random"),
     Arm("attention", "KD + attention 1, layers by the formula", attention(1.0, layers="formula")),
