@@ -52,7 +52,7 @@ class DistillationModule(InstructionModule):
         beta: The teacher's share in the mixture of jsd.
         attention: The attention term; null = off.
         teacher_dtype: Precision of the teachers' weights; auto keeps the checkpoints'.
-        teacher_kwargs: More arguments for the teachers' from_pretrained: quantization_config, device_map, ...
+        teacher_kwargs: More arguments for the teachers' from_pretrained: revision, gguf_file, quantization_config, ...
     """
 
     def __init__(
