@@ -10,7 +10,7 @@ _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 def located(name: str, gguf_file: str | None = None) -> dict[str, str]:
-    """What `from_pretrained` is given for a folder, a hub name, a `.gguf` file, or a folder with one and no config.json.
+    """What `from_pretrained` is given for a folder, a hub name, a `.gguf` file, or a folder with one and no config.
 
     Args:
         name: folder, hub name, or path of a `.gguf` file.
@@ -22,8 +22,9 @@ def located(name: str, gguf_file: str | None = None) -> dict[str, str]:
     Raises:
         ValueError: no such file, one of several parts, or a folder that holds more than one; names them.
     """
-    path = Path(name).expanduser()
-    folder = name
+    if gguf_file is not None and not isinstance(gguf_file, str):
+        raise ValueError(f"gguf_file is {gguf_file!r}, expected a file's name")
+    path, folder = Path(name).expanduser(), name
     if gguf_file is None and path.suffix == ".gguf" and path.is_file():
         folder, gguf_file = str(path.parent), path.name
     elif gguf_file is None and path.is_dir() and not (path / "config.json").exists():

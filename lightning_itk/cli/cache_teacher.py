@@ -111,8 +111,9 @@ def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
     chosen, init, console = cli.config.fit, cli.settings.init_args, Console()
     trust = bool(init.get("trust_remote_code"))
     tokenizer = load_tokenizer(init.student, **_student(init))
-    kwargs = _plain(init.get("teacher_kwargs"))
-    teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", trust_remote_code=trust, model_kwargs=kwargs)
+    loading: dict[str, Any] = {"trust_remote_code": trust, "offload": bool(init.get("teacher_offload"))}
+    loading["model_kwargs"] = _plain(init.get("teacher_kwargs"))
+    teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", **loading)
     teacher.check_tokenizer(tokenizer)
     run = TeacherRun(
         teacher,

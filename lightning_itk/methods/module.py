@@ -40,6 +40,7 @@ from lightning_itk.models.checkpoint import plain_hparams
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
 from lightning_itk.models.loading import DType, LoRA, check_student_kwargs, load_causal_lm, make_trainable
+from lightning_itk.models.offload import host_policy
 from lightning_itk.models.storage import use_whole_checkpoints
 from lightning_itk.trainer import datamodule, replica
 
@@ -267,7 +268,7 @@ class InstructionModule(L.LightningModule):
             if isinstance(model, FSDPModule):
                 continue
             for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-                fully_shard(layer, **how)
+                fully_shard(layer, **how, **host_policy(model))
             fully_shard(model, **how)
 
     def on_fit_start(self) -> None:

@@ -17,6 +17,7 @@ from lightning_itk.losses.topk import TopK
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 from lightning_itk.models.hidden import check_head, hidden_states
 from lightning_itk.models.loading import DType, load_causal_lm
+from lightning_itk.models.offload import check_one_device, offload_layers
 
 
 class TeacherOutput(NamedTuple):
@@ -89,6 +90,10 @@ class Teacher(nn.Module):
         attn_implementation: sdpa, eager, flash_attention_2, …; None lets transformers choose.
         trust_remote_code: run code that comes with the model.
         model_kwargs: more arguments for `from_pretrained`: `revision`, `gguf_file`, `quantization_config`, …
+        offload: keep the decoder layers in host memory; each comes to the device when it runs. Answers stay the same.
+
+    Raises:
+        ValueError: a model that cannot be loaded, whose head is not known, or that `device_map` spreads over devices.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class Teacher(nn.Module):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.name = model if isinstance(model, str) else type(model).__name__
@@ -111,12 +117,15 @@ class Teacher(nn.Module):
                 attn_implementation=attn_implementation,
                 **self._loading,
             )
+        check_one_device(model, self.name)
         self.model = model.requires_grad_(False).eval()
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         self._tap: AttentionTap | None = None
         self._watched: tuple[int, ...] = ()
         check_head(self.model)
         keep_out_of_checkpoints(self)
+        if offload:
+            offload_layers(self.model)
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher has no training mode."""

@@ -77,7 +77,7 @@ def load_model(
             output_loading_info=True,
             **given,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, *(DAMAGED if packed or given else ())) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, *DAMAGED) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {reason(error)}") from error
     model, info = cast(tuple[PreTrainedModel, dict], loaded)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
