@@ -222,25 +222,30 @@ def train(method: str, strategy: str, folder: Path) -> None:
         torch.save({"weights": state, "metrics": metrics}, folder / "weights.pt")
 
 
-def offloaded(folder: Path) -> None:
-    """KD and its attention term under FSDP2, with a teacher on the device and one in host memory: the weights after."""
-    found = []
+def offloaded(strategy: str, folder: Path) -> None:
+    """KD and its attention term on 2 ranks, with a teacher on the device and one in host memory: the weights after."""
+    found, meshed = [], {"data_parallel_size": 2, "tensor_parallel_size": 1}
     for offload in (False, True):
         model = module("kd", teacher_offload=offload)
         trainer = L.Trainer(
             **QUIET,
             devices=2,
-            strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+            strategy=ModelParallelStrategy(**meshed) if strategy == "fsdp2" else strategy,
             max_epochs=1,
             enable_checkpointing=False,
             use_distributed_sampler=False,
         )
         trainer.fit(model, datamodule=Halves())
         reshard(model)  # the root is whole after a validation
-        found.append(torch.cat([parameter.full_tensor().flatten() for parameter in model.student.parameters()]))
+        weights = (p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.student.parameters())
+        found.append(torch.cat([weight.flatten() for weight in weights]))
         layers = list(model.teacher.model.model.layers)
-        groups = [group for layer in layers for group in layer._get_fsdp_state()._fsdp_param_groups]
-        assert all(p.offload_to_cpu == offload for group in groups for p in group.fsdp_params)
+        if strategy == "fsdp2":
+            groups = [group for layer in layers for group in layer._get_fsdp_state()._fsdp_param_groups]
+            assert all(p.offload_to_cpu == offload for group in groups for p in group.fsdp_params)
+        model.teacher.to("meta")  # a Trainer moves what is sharded, too
+        assert {p.device.type for layer in layers for p in layer.parameters()} == {"cpu" if offload else "meta"}
+        assert model.teacher.model.lm_head.weight.device.type == "meta"
         assert ("layers in host memory" in run_facts(trainer, model)["teacher 1"]) == offload
     if trainer.is_global_zero:
         torch.save(found, folder / "weights.pt")

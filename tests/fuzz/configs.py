@@ -50,7 +50,8 @@ DATA = {
     "num_workers": 0, "num_proc": 1, "cache_dir": None, "invalid": "refuse", "seed": 0,
 }  # fmt: skip
 MODEL = {
-    "student": "m", "student_kwargs": {"revision": "main"}, "dtype": "float32", "lora": None, "gradient_checkpointing": False, "warmup": 0.03,
+    "student_kwargs": {"revision": "main"},
+    "student": "m", "dtype": "float32", "lora": None, "gradient_checkpointing": False, "warmup": 0.03,
     "max_new_tokens": 8,
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "lr_scheduler": "cosine",
     "nonfinite": "stop", "impl": "auto", "trust_remote_code": False,
