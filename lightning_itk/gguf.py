@@ -5,7 +5,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-DAMAGED = (struct.error, IndexError, TypeError, NotImplementedError, AssertionError)  # what its readers trip over
+# What `from_pretrained` trips over in damaged files and strange arguments, beside its own errors.
+DAMAGED = (struct.error, IndexError, TypeError, NotImplementedError, AssertionError, AttributeError)
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 

@@ -32,7 +32,7 @@ def load_tokenizer(
     missing = f"folder {name!r} holds no tokenizer: save one there, or name another in data.tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, *DAMAGED) as error:
+    except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
         if "gguf_file" in where:
             raise ValueError(f"no tokenizer can be read from {name!r}: {reason(error)}") from error
         if bare and Path(name).expanduser().is_dir():

@@ -65,6 +65,8 @@ def load_model(
     """
     check_folder(name)
     given = dict(model_kwargs or {})
+    if own := sorted(given.keys() & {"dtype", "attn_implementation", "trust_remote_code", "output_loading_info"}):
+        raise ValueError(f"model {name!r}: {own[0]} is no further argument for from_pretrained: it has an option")
     where = located(name, given.pop("gguf_file", None))
     if packed := "gguf_file" in where:
         given = {**whole_weights(), **given}
