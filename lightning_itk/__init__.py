@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from lightning_itk.methods.sft import SFTModule
     from lightning_itk.methods.step import Term
     from lightning_itk.methods.teacher import Teacher
+    from lightning_itk.strategy import FSDP2Strategy
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionLoss",
     "DAEModule",
+    "FSDP2Strategy",
     "InstructionDataModule",
     "InstructionModule",
     "KDModule",
@@ -29,6 +31,7 @@ __all__ = [
 _HOMES = {
     "AttentionLoss": "methods.attention_maps",
     "DAEModule": "methods.dae",
+    "FSDP2Strategy": "strategy",
     "InstructionDataModule": "data.module",
     "InstructionModule": "methods.module",
     "KDModule": "methods.kd",

@@ -17,6 +17,7 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.export import check_replaceable, export
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType
+from lightning_itk.models.offload import is_offloaded
 from lightning_itk.models.precision import reshard
 from lightning_itk.outputs import check_output, note_output
 from lightning_itk.trainer import datamodule, log_folder, replica
@@ -160,6 +161,7 @@ def run_facts(trainer: L.Trainer, module: InstructionModule) -> dict[str, str]:
         attention = (base.config._attn_implementation or "eager").removeprefix("itk_")
         text = f"{base.config.name_or_path or type(base).__name__}: {_count(total)} parameters, "
         text += f"{_count(trained)} trained, " if number == 0 else "frozen, "
+        text += "layers in host memory, " if is_offloaded(model) else ""
         facts["student" if number == 0 else f"teacher {number}"] = text + f"{base.dtype}, attention {attention}"
     for name, teacher in getattr(module, "teachers", {}).items():
         if isinstance(teacher, CachedTeacher):

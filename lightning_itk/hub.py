@@ -1,26 +1,63 @@
 """What is read by folder or hub name: folders that must exist, tokenizers, what they differ in."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from lightning_itk.gguf import DAMAGED, located, missing_package
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken*")
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained` with a one-line error, also for a model's folder without a tokenizer."""
-    check_folder(name)
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, model_kwargs: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained` with a one-line error, also for a model's folder without a tokenizer.
+
+    Args:
+        name: folder, hub name, or a `.gguf` file.
+        trust_remote_code: run code that comes with it.
+        model_kwargs: what the model was read with: the tokenizer is that of the same `gguf_file` and `revision`.
+
+    Raises:
+        ValueError: there is none, or it has no vocabulary.
+    """
+    where = _where(name, model_kwargs)
+    if "gguf_file" not in where:
+        where.pop("subfolder", None)  # of the weights; tokenizers stand beside it
     bare = not any(any(Path(name).expanduser().glob(pattern)) for pattern in _TOKENIZER_FILES)
     missing = f"folder {name!r} holds no tokenizer: save one there, or name another in data.tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
+        if "gguf_file" in where:
+            raise ValueError(f"no tokenizer can be read from {name!r}: {reason(error)}") from error
         if bare and Path(name).expanduser().is_dir():
             raise ValueError(missing) from error
-        raise ValueError(f"no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
+        raise ValueError(f"no tokenizer can be loaded from {name!r}: {reason(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # GPT-2's is then made without a vocabulary
         raise ValueError(missing if bare else f"the tokenizer of {name!r} has no vocabulary")
     return tokenizer
+
+
+def load_config(
+    name: str, *, trust_remote_code: bool = False, model_kwargs: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
+    """The configuration of a model that would be read so. Raises ValueError, in one line."""
+    try:
+        return AutoConfig.from_pretrained(**_where(name, model_kwargs), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
+        raise ValueError(f"no configuration can be read from {name!r}: {reason(error)}") from error
+
+
+def _where(name: str, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say which files are read."""
+    check_folder(name)
+    given = model_kwargs or {}
+    return {**located(name, given.get("gguf_file")), **{key: given[key] for key in _WHERE if key in given}}
 
 
 def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
@@ -47,8 +84,14 @@ def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> 
 def check_folder(name: str) -> None:
     """Refuse what looks like a folder and does not exist, before it is taken for a hub name."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().exists():
-        raise ValueError(f"folder {name!r} does not exist")
+    is_file = name.endswith(".gguf") and (looks_local or "/" not in name)
+    if (looks_local or is_file) and not Path(name).expanduser().exists():
+        raise ValueError(f"{'file' if is_file else 'folder'} {name!r} does not exist")
+
+
+def reason(error: Exception) -> str:
+    """Why something cannot be loaded, in a line: the package to install, or what the error says."""
+    return missing_package(error) or first_line(error)
 
 
 def first_line(error: Exception) -> str:

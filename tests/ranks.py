@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from exact import SAMPLES, TAGS, module
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny import QUIET, byte_tokenizer, tiny_model
 from torch.distributed.tensor import DTensor
@@ -16,6 +16,8 @@ from lightning_itk.data import InstructionDataModule
 from lightning_itk.methods.kd import KDModule
 from lightning_itk.methods.sft import SFTModule
 from lightning_itk.models.loading import LoRA
+from lightning_itk.models.precision import reshard
+from lightning_itk.strategy import FSDP2Strategy
 
 
 class Halves(L.LightningDataModule):
@@ -140,6 +142,64 @@ def half(strategy: str, ranks: int, precision: str, folder: Path) -> None:
         torch.save({"before": before, "after": found, "seen": seen}, folder / f"{strategy}-{precision}.pt")
 
 
+def reductions(method: str, precision: str, nonfinite: bool, folder: Path) -> None:
+    """An epoch of windows of 3, 3 and 1 micro-batches under FSDP2, gradients clipped: twice, reduced after each
+    micro-batch and once per step. For both the weights, the figures, and how many reductions each step took.
+
+    Args:
+        nonfinite: The first micro-batch has a loss that is not finite, and its step is skipped.
+    """
+    known = [name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(torch.distributed, name)]
+    scatter, steps = getattr(torch.distributed, known[0]), [0]  # torch 2.13 has a new name for it
+
+    def counting(*args, **kwargs):
+        steps[-1] += 1
+        return scatter(*args, **kwargs)
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, *_):
+            steps.append(0)
+
+    class Small(L.LightningDataModule):
+        def train_dataloader(self):
+            rank = self.trainer.global_rank
+            batches = [b.pad(SAMPLES[2 * i + rank :: 14], pad_id=0, teachers=TAGS) for i in range(7)]
+            return torch.utils.data.DataLoader(batches, batch_size=None)
+
+    setattr(torch.distributed, known[0], counting)
+    found = {}
+    for each in (True, False):
+        model, seen = module(method, nonfinite="skip" if nonfinite else "stop"), []
+
+        def losses(batch, model=model, seen=seen):
+            terms = type(model).losses(model, batch)
+            seen.append(0)
+            bad = nonfinite and len(seen) == 1
+            return {name: term._replace(total=term.total * torch.inf) if bad else term for name, term in terms.items()}
+
+        model.losses = losses
+        steps[:] = [0]
+        trainer = L.Trainer(
+            **QUIET,
+            devices=2,
+            strategy=FSDP2Strategy(each, data_parallel_size=2, tensor_parallel_size=1),
+            max_epochs=1,
+            precision=precision,
+            accumulate_grad_batches=3,
+            gradient_clip_val=0.5,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+            callbacks=[Steps()],
+        )
+        trainer.fit(model, datamodule=Small())
+        weights = torch.cat([parameter.full_tensor().flatten() for parameter in model.student.parameters()])
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        found[each] = {"weights": weights, "figures": figures, "steps": steps[:-1]}
+    if trainer.is_global_zero:
+        torch.save(found, folder / "found.pt")
+
+
 def train(method: str, strategy: str, folder: Path) -> None:
     """Train for two epochs; rank 0 writes weights and metrics."""
     kind = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else strategy
@@ -160,3 +220,32 @@ def train(method: str, strategy: str, folder: Path) -> None:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
         torch.save({"weights": state, "metrics": metrics}, folder / "weights.pt")
+
+
+def offloaded(strategy: str, folder: Path) -> None:
+    """KD and its attention term on 2 ranks, with a teacher on the device and one in host memory: the weights after."""
+    found, meshed = [], {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    for offload in (False, True):
+        model = module("kd", teacher_offload=offload)
+        trainer = L.Trainer(
+            **QUIET,
+            devices=2,
+            strategy=ModelParallelStrategy(**meshed) if strategy == "fsdp2" else strategy,
+            max_epochs=1,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(model, datamodule=Halves())
+        reshard(model)  # the root is whole after a validation
+        weights = (p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.student.parameters())
+        found.append(torch.cat([weight.flatten() for weight in weights]))
+        layers = list(model.teacher.model.model.layers)
+        if strategy == "fsdp2":
+            groups = [group for layer in layers for group in layer._get_fsdp_state()._fsdp_param_groups]
+            assert all(p.offload_to_cpu == offload for group in groups for p in group.fsdp_params)
+        model.teacher.to("meta")  # a Trainer moves what is sharded, too
+        assert {p.device.type for layer in layers for p in layer.parameters()} == {"cpu" if offload else "meta"}
+        assert model.teacher.model.lm_head.weight.device.type == "meta"
+        assert ("layers in host memory" in run_facts(trainer, model)["teacher 1"]) == offload
+    if trainer.is_global_zero:
+        torch.save(found, folder / "weights.pt")

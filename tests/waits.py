@@ -116,7 +116,8 @@ class Waits(TorchDispatchMode):
             waits = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         # From the host: a copy, or an operation that copies a tensor of more than one number for itself.
         from_here = any(_is_here(leaf) and leaf.dim() for leaf in leaves)
-        if from_here and not leave and not kwargs.get("non_blocking"):
+        queued = kwargs.get("non_blocking") or (function is _aten.copy_.default and args[2:3] == (True,))
+        if from_here and not leave and not queued:
             waits = True
         if waits:
             self.places[f"{function} {_place()}"] += 1

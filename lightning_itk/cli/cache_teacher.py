@@ -7,13 +7,12 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
-from transformers import AutoConfig
 
 from lightning_itk.attention.capture import layer_map
 from lightning_itk.cached.manifest import Manifest, Mode, check_folder, is_cached_teacher
 from lightning_itk.cli.fit import InstructionCLI, TrainingBar
 from lightning_itk.data.single_pass import SinglePass
-from lightning_itk.hub import load_tokenizer
+from lightning_itk.hub import load_config, load_tokenizer
 from lightning_itk.losses.divergence import Divergence
 from lightning_itk.methods.attention_maps import AttentionLoss
 from lightning_itk.methods.teacher import Teacher
@@ -111,10 +110,10 @@ def _owner(name: str, default: str) -> Any:
 def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
     chosen, init, console = cli.config.fit, cli.settings.init_args, Console()
     trust = bool(init.get("trust_remote_code"))
-    tokenizer = load_tokenizer(init.student, trust_remote_code=trust)
-    kwargs = init.get("teacher_kwargs")
-    kwargs = kwargs.as_dict() if isinstance(kwargs, Namespace) else kwargs
-    teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", trust_remote_code=trust, model_kwargs=kwargs)
+    tokenizer = load_tokenizer(init.student, **_student(init))
+    loading: dict[str, Any] = {"trust_remote_code": trust, "offload": bool(init.get("teacher_offload"))}
+    loading["model_kwargs"] = _plain(init.get("teacher_kwargs"))
+    teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", **loading)
     teacher.check_tokenizer(tokenizer)
     run = TeacherRun(
         teacher,
@@ -140,6 +139,18 @@ def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
         _print_gap(cli, run, manifest, console)
 
 
+def _student(init: Namespace) -> dict[str, Any]:
+    """How the student is read."""
+    return {
+        "trust_remote_code": bool(init.get("trust_remote_code")),
+        "model_kwargs": _plain(init.get("student_kwargs")),
+    }
+
+
+def _plain(kwargs: Any) -> dict[str, Any] | None:
+    return kwargs.as_dict() if isinstance(kwargs, Namespace) else kwargs
+
+
 def _attention(init: Namespace) -> AttentionLoss | None:
     given = init.get("attention")
     found = AttentionLoss(**vars(given)) if isinstance(given, Namespace) else given
@@ -151,7 +162,7 @@ def _layers(init: Namespace, teacher: Teacher) -> set[int]:
     loss = _attention(init)
     if loss is None:
         raise ValueError("attention is true, but the configuration has no attention term: set model's attention")
-    config = AutoConfig.from_pretrained(init.student, trust_remote_code=bool(init.get("trust_remote_code")))
+    config = load_config(init.student, **_student(init))
     original = original_layers(config, teacher.num_layers)
     pairs = layer_map(config.get_text_config().num_hidden_layers, teacher.num_layers, loss.layers, original)
     return set(pairs.values())
@@ -163,7 +174,7 @@ def _print_gap(cli: TeacherCLI, run: TeacherRun, manifest: Manifest, console: Co
     rows, device = run.gap_rows, run.device
     run.teacher.to("cpu")
     assert rows is not None
-    student = load_causal_lm(init.student, trust_remote_code=bool(init.get("trust_remote_code")))
+    student = load_causal_lm(init.student, **_student(init))
     student.to(device)  # type: ignore[arg-type]
     how = Divergence(init.get("kind") or "forward", init.get("beta") or 0.5, manifest.settings["temperature"])
     with cli.trainer.precision_plugin.forward_context():

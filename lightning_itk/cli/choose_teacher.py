@@ -61,7 +61,7 @@ def choose_teacher(
     length, the rank-surprisal ratio (RSR, lower is better) and a paired bootstrap over the instructions.
 
     Args:
-        student: Folder or hub name of the student, before any tuning.
+        student: Folder, hub name or .gguf file of the student, before any tuning.
         candidates: Name of a teacher -> file of its responses, as `generate` writes them; or {path, columns}.
         reward_column: The column that holds each response's reward; the default is `reward`.
         reward_model: Folder or hub name of a sequence classifier that gives the rewards instead.

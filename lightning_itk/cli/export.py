@@ -27,8 +27,8 @@ def export_checkpoint(
     Args:
         ckpt: Checkpoint file of any module of this kit.
         output: Folder to write.
-        student: The folder or hub name that training began with; null = what the checkpoint says.
-        tokenizer: Folder or hub name of the tokenizer; null = the student's.
+        student: The folder, .gguf file or hub name that training began with; null = what the checkpoint says.
+        tokenizer: Folder, .gguf file or hub name of the tokenizer; null = the student's.
         dtype: Precision of the saved weights; auto = as they were trained.
         chat_template: The Jinja chat template of the data module, or a file that holds it; null = the tokenizer's,
             else the Alpaca prompt.
@@ -40,7 +40,8 @@ def export_checkpoint(
         raise ValueError(f"{output}: exists already; --overwrite true replaces an earlier export")
     check_replaceable(folder)  # before the models are loaded
     trained = load_student(ckpt, student, trust_remote_code=trust_remote_code)
-    words = load_tokenizer(tokenizer or trained.name, trust_remote_code=trust_remote_code)
+    kwargs = None if tokenizer else trained.kwargs
+    words = load_tokenizer(tokenizer or trained.name, trust_remote_code=trust_remote_code, model_kwargs=kwargs)
     ensure_chat_template(words, read_template(chat_template))
     export(trained.model, words, output, dtype=dtype)
     Console().print(f"wrote {output} (step {trained.step:,})", soft_wrap=True, highlight=False)

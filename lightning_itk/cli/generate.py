@@ -41,7 +41,7 @@ def generate_responses(
     A run that is killed continues where it stopped when it is started again with the same settings.
 
     Args:
-        model: Folder or hub name of the model, with its tokenizer.
+        model: Folder, hub name or .gguf file of the model, with its tokenizer.
         prompts: File, folder, glob, URL or hub name of the prompts; responses in it are ignored.
         output: JSON Lines file to write: the prompts' columns, response, and whether the model ended it.
         max_new_tokens: Longest response.

@@ -90,7 +90,7 @@ def _count(devices: Any, gpu: bool) -> int:
 
 def _strategy(given: Any, ranks: int) -> str:
     name = str(given if isinstance(given, str) else given.class_path if given else "auto").rpartition(".")[2].lower()
-    if "modelparallel" in name:
+    if "modelparallel" in name or name == "fsdp2strategy":
         return "fsdp2"
     if name == "auto" or name.startswith(("ddp", "single")):
         return "ddp" if ranks > 1 else "single"

@@ -40,7 +40,7 @@ def prune_model(
     The student's config.json notes which layers it has; the attention term then pairs each with its original.
 
     Args:
-        model: Folder or hub name of the model, with its tokenizer.
+        model: Folder, hub name or .gguf file of the model, with its tokenizer.
         layers: How many layers to keep (those of greatest block influence on `data`), every:N, or which: 0,1,5.
         output: Folder to write.
         data: Calibration records, as in data.train, for a number of layers; a few dozen are enough.

@@ -26,8 +26,8 @@ class TokenizeCLI(InstructionCLI):
         model = config.pop("model").get("init_args") or Namespace()
         self.datamodule = self._parser(self.config.subcommand).instantiate_classes(config).data
         if self.datamodule._tokenizer is None and isinstance(student := model.get("student"), str):
-            trust = bool(model.get("trust_remote_code"))
-            self.datamodule._tokenizer = load_tokenizer(student, trust_remote_code=trust)
+            trust, kwargs = bool(model.get("trust_remote_code")), model.get("student_kwargs")
+            self.datamodule._tokenizer = load_tokenizer(student, trust_remote_code=trust, model_kwargs=kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
         found = self.datamodule.prepare_shard(self.shard)

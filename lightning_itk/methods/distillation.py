@@ -23,6 +23,7 @@ from lightning_itk.methods.step import ForwardPass, Term, TokenFigure
 from lightning_itk.methods.teacher import SoftTargets, Teacher
 from lightning_itk.models.hidden import HiddenStates
 from lightning_itk.models.loading import DType
+from lightning_itk.models.offload import leave_to_host
 from lightning_itk.trainer import datamodule
 
 
@@ -52,7 +53,9 @@ class DistillationModule(InstructionModule):
         beta: The teacher's share in the mixture of jsd.
         attention: The attention term; null = off.
         teacher_dtype: Precision of the teachers' weights; auto keeps the checkpoints'.
-        teacher_kwargs: More arguments for the teachers' from_pretrained: quantization_config, device_map, ...
+        teacher_offload: Keep the teachers' decoder layers in host memory; each comes to the device when it runs. For
+            teachers that do not fit beside the student; the results are the same, and every step copies the layers.
+        teacher_kwargs: More arguments for the teachers' from_pretrained: revision, gguf_file, quantization_config, ...
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class DistillationModule(InstructionModule):
         attention: AttentionLoss | None = None,
         teacher_dtype: DType = "auto",
         teacher_kwargs: dict[str, Any] | None = None,
+        teacher_offload: bool = False,
         **kwargs: Any,
     ) -> None:
         Divergence(kind, beta, temperature)  # refuses what makes no sense before a model is loaded
@@ -79,6 +83,7 @@ class DistillationModule(InstructionModule):
         self.kind: Kind = kind
         self.beta, self.attention = beta, attention
         self._teacher_options: dict[str, Any] = {"dtype": teacher_dtype, "model_kwargs": teacher_kwargs}
+        self._teacher_options["offload"] = teacher_offload
 
     def learn_from(self, teachers: Mapping[str, str | PreTrainedModel | AnyTeacher]) -> None:
         """Load the teachers; called once. The one named "" gives terms without a name.
@@ -88,6 +93,7 @@ class DistillationModule(InstructionModule):
         self._names = list(teachers)  # they may hold characters that a ModuleDict refuses
         self._teachers = torch.nn.ModuleList(self._loaded(teacher) for teacher in teachers.values())
         self.teacher_weights = dict.fromkeys(teachers, 1.0)
+        leave_to_host(self, [teacher.model for teacher in self.teachers.values() if isinstance(teacher, Teacher)])
         self._distiller: AttentionDistiller | None = None
         if self.attention and self.attention.weight:
             self._distiller = AttentionDistiller(self.attention, self.student, self.teachers, self.impl)

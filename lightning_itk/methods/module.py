@@ -39,7 +39,8 @@ from lightning_itk.methods.step import ForwardPass, Term, TokenFigure, on_a_pass
 from lightning_itk.models.checkpoint import plain_hparams
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
-from lightning_itk.models.loading import DType, LoRA, load_causal_lm, make_trainable
+from lightning_itk.models.loading import DType, LoRA, check_student_kwargs, load_causal_lm, make_trainable
+from lightning_itk.models.offload import host_policy
 from lightning_itk.models.storage import use_whole_checkpoints
 from lightning_itk.trainer import datamodule, replica
 
@@ -52,7 +53,8 @@ class InstructionModule(L.LightningModule):
     over all its micro-batches and ranks, divided by the number of response tokens in them.
 
     Args:
-        student: Folder or hub name that AutoModelForCausalLM reads (in Python also a loaded model).
+        student: Folder or hub name that AutoModelForCausalLM reads, or a .gguf file (in Python also a loaded model).
+        student_kwargs: More arguments for the student's from_pretrained: revision, gguf_file, ...
         dtype: Precision of the student's weights. float32 keeps small updates that bfloat16 would round away.
         attn_implementation: sdpa, eager, flash_attention_2, ...; null lets transformers choose.
         lora: Train low-rank adapters instead of all weights; null trains everything.
@@ -77,6 +79,7 @@ class InstructionModule(L.LightningModule):
         self,
         student: str | PreTrainedModel,
         *,
+        student_kwargs: dict[str, Any] | None = None,
         dtype: DType = "float32",
         attn_implementation: str | None = None,
         lora: LoRA | None = None,
@@ -100,7 +103,7 @@ class InstructionModule(L.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.impl: Impl = impl
         self.max_scratch_bytes = max_scratch_bytes
-        self._trust_remote_code = trust_remote_code
+        self._trust_remote_code, self._student_kwargs = trust_remote_code, check_student_kwargs(student_kwargs)
         self.student_name = student if isinstance(student, str) else str(student.config.name_or_path)
         if isinstance(student, str):
             student = load_causal_lm(
@@ -108,6 +111,7 @@ class InstructionModule(L.LightningModule):
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
+                model_kwargs=student_kwargs,
             )
         check_head(student)
         model = make_trainable(student, lora, gradient_checkpointing=gradient_checkpointing, compile=compile)
@@ -170,7 +174,8 @@ class InstructionModule(L.LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.student_name, trust_remote_code=self._trust_remote_code)
+        loading: dict[str, Any] = {"trust_remote_code": self._trust_remote_code, "model_kwargs": self._student_kwargs}
+        return load_tokenizer(self.student_name, **loading)
 
     # Steps
 
@@ -263,7 +268,7 @@ class InstructionModule(L.LightningModule):
             if isinstance(model, FSDPModule):
                 continue
             for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-                fully_shard(layer, **how)
+                fully_shard(layer, **how, **host_policy(model))
             fully_shard(model, **how)
 
     def on_fit_start(self) -> None:

@@ -17,6 +17,7 @@ from lightning_itk.losses.topk import TopK
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 from lightning_itk.models.hidden import check_head, hidden_states
 from lightning_itk.models.loading import DType, load_causal_lm
+from lightning_itk.models.offload import check_one_device, offload_layers
 
 
 class TeacherOutput(NamedTuple):
@@ -84,11 +85,15 @@ class Teacher(nn.Module):
     dict, and a strict `load_state_dict` of the parent does not miss them.
 
     Args:
-        model: folder, hub name, or a loaded `PreTrainedModel`.
+        model: folder, hub name, `.gguf` file, or a loaded `PreTrainedModel`.
         dtype: "auto" keeps the checkpoint's.
         attn_implementation: sdpa, eager, flash_attention_2, …; None lets transformers choose.
         trust_remote_code: run code that comes with the model.
-        model_kwargs: more arguments for `from_pretrained`: `quantization_config`, `device_map`, …
+        model_kwargs: more arguments for `from_pretrained`: `revision`, `gguf_file`, `quantization_config`, …
+        offload: keep the decoder layers in host memory; each comes to the device when it runs. Answers stay the same.
+
+    Raises:
+        ValueError: a model that cannot be loaded, whose head is not known, or that `device_map` spreads over devices.
     """
 
     def __init__(
@@ -99,24 +104,28 @@ class Teacher(nn.Module):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.name = model if isinstance(model, str) else type(model).__name__
-        self._trust_remote_code, self._by_name = trust_remote_code, isinstance(model, str)
+        self._by_name = isinstance(model, str)
+        self._loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "model_kwargs": model_kwargs}
         if isinstance(model, str):
             model = load_causal_lm(
                 model,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                model_kwargs=model_kwargs,
+                **self._loading,
             )
+        check_one_device(model, self.name)
         self.model = model.requires_grad_(False).eval()
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         self._tap: AttentionTap | None = None
         self._watched: tuple[int, ...] = ()
         check_head(self.model)
         keep_out_of_checkpoints(self)
+        if offload:
+            offload_layers(self.model)
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher has no training mode."""
@@ -161,7 +170,7 @@ class Teacher(nn.Module):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The teacher's tokenizer; None where it was given as a loaded model."""
-        return load_tokenizer(self.name, trust_remote_code=self._trust_remote_code) if self._by_name else None
+        return load_tokenizer(self.name, **self._loading) if self._by_name else None
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a student with another tokenizer: probabilities over different tokens cannot be compared.
@@ -169,10 +178,10 @@ class Teacher(nn.Module):
         Raises:
             ValueError: names the first differing token.
         """
-        check_same_tokenizer(tokenizer, self.name, trust_remote_code=self._trust_remote_code)
+        check_same_tokenizer(tokenizer, self.name, **self._loading)
 
 
-def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, teacher: str, **loading: bool) -> None:
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, teacher: str, **loading: Any) -> None:
     """`Teacher.check_tokenizer`, by the teacher's name."""
     if difference := first_difference(tokenizer, load_tokenizer(teacher, **loading)):
         raise ValueError(f"student and teacher {teacher!r} have different tokenizers: {difference}")

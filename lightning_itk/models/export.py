@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,6 +133,15 @@ class Trained(NamedTuple):
     model: torch.nn.Module  # a causal LM, in a peft wrapper or not
     name: str  # folder or hub name that training began with
     step: int
+    kwargs: dict[str, str]  # which of its files were read: `gguf_file`, `revision`, …
+
+
+def _which_files(hparams: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint may say about reading its student. Nothing else: `weights_only`, say, is not its to choose."""
+    given = hparams.get("student_kwargs")
+    if not isinstance(given, Mapping):
+        return {}
+    return {name: str(given[name]) for name in ("gguf_file", "revision", "subfolder", "variant") if name in given}
 
 
 def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_code: bool = False) -> Trained:
@@ -154,7 +164,10 @@ def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_c
     if not isinstance(name, str):
         raise ValueError(f"{ckpt}: does not say which model was trained: name it (student)")
     model: torch.nn.Module = load_causal_lm(
-        name, dtype=hparams.get("dtype") or "auto", trust_remote_code=trust_remote_code
+        name,
+        dtype=hparams.get("dtype") or "auto",
+        trust_remote_code=trust_remote_code,
+        model_kwargs=(kwargs := {} if student else _which_files(hparams)),
     )
     if hparams.get("lora"):
         model = add_lora(model, LoRA(**dict(hparams["lora"])))  # type: ignore[arg-type]
@@ -165,4 +178,4 @@ def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_c
     if wrong:
         raise ValueError(f"{ckpt}: does not fit the student {name!r}, first at {wrong[0]}")
     model.load_state_dict(weights, strict=False)
-    return Trained(model, name, step)
+    return Trained(model, name, step, kwargs)

@@ -9,7 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_itk.hub import check_folder, first_line
+from lightning_itk.gguf import DAMAGED, located, make_plain, whole_weights
+from lightning_itk.hub import check_folder, first_line, reason
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -55,25 +56,31 @@ def load_model(
 
     Args:
         auto: AutoModelForCausalLM, AutoModelForSequenceClassification, …
-        name: folder or hub name.
+        name: folder, hub name, or a `.gguf` file; its weights are read whole.
         dtype: "auto" keeps the checkpoint's.
-        model_kwargs: more arguments for `from_pretrained`, e.g. `device_map` or `quantization_config`.
+        model_kwargs: more arguments for `from_pretrained`, e.g. `revision`, `gguf_file`, `quantization_config`.
 
     Raises:
         ValueError: a folder that does not exist or holds no complete model; one line that says what is missing.
     """
     check_folder(name)
+    given = dict(model_kwargs or {})
+    if own := sorted(given.keys() & {"dtype", "attn_implementation", "trust_remote_code", "output_loading_info"}):
+        raise ValueError(f"model {name!r}: {own[0]} is no further argument for from_pretrained: it has an option")
+    where = located(name, given.pop("gguf_file", None))
+    if packed := "gguf_file" in where:
+        given = {**whole_weights(), **given}
     try:
         loaded = auto.from_pretrained(
-            name,
+            **where,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **(model_kwargs or {}),
+            **given,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, *DAMAGED) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {reason(error)}") from error
     model, info = cast(tuple[PreTrainedModel, dict], loaded)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
@@ -82,10 +89,19 @@ def load_model(
             "they would be random, so the checkpoint is refused",
             missing[0],
         )
+    if packed and "quantization_config" not in (model_kwargs or {}):
+        make_plain(model, name)
     return model
 
 
 load_causal_lm = partial(load_model, AutoModelForCausalLM)
+
+
+def check_student_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Arguments for a student's `from_pretrained`; refuses `device_map`, because the Trainer places what it trains."""
+    if kwargs and "device_map" in kwargs:
+        raise ValueError("student_kwargs.device_map: the Trainer places the student (trainer.devices); leave it out")
+    return kwargs
 
 
 def weights_hash(model: PreTrainedModel, name: str) -> str:

@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_itk.hub import check_folder, first_line
+from lightning_itk.hub import first_line, load_config
 from lightning_itk.models.pruning import NOTE
 
 _LEAST = 3  # layers: the first, the last, and one between
@@ -19,16 +19,16 @@ class Depth(NamedTuple):
     longer: int
 
 
-def read_config(name: str, trust_remote_code: bool = False) -> Any:
+def read_config(name: str, trust_remote_code: bool = False, model_kwargs: dict[str, Any] | None = None) -> Any:
     """The configuration of a model, from its folder or the hub's cache on this machine; nothing is downloaded.
 
     Raises:
         ValueError: there is none; one line.
     """
-    check_folder(name)
+    where = {**(model_kwargs or {}), "local_files_only": True}
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return load_config(name, trust_remote_code=trust_remote_code, model_kwargs=where)
+    except ValueError as error:
         reason = f"no config.json of {name!r} on this machine (a folder, or the cache of the hub)"
         raise ValueError(f"{reason}: {first_line(error)[:200]}") from error
 
@@ -53,9 +53,10 @@ def shallow_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model of a folder or hub name with its first layers only and no numbers in it; call it under fake tensors."""
-    config = read_config(name, trust_remote_code)
+    config = read_config(name, trust_remote_code, model_kwargs)
     text = config.get_text_config()
     if layers < text.num_hidden_layers:
         text.num_hidden_layers = layers

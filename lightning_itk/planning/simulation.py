@@ -98,10 +98,10 @@ def _run(
     """One simulated step; fills `planned` where it is empty. deeper: the number of the model that gets more layers."""
     calls = iter(range(1000))
 
-    def load(name: str, *, model_kwargs: Any = None, **how: Any) -> Any:
+    def load(name: str, **how: Any) -> Any:
         number = next(calls)
         if number == len(planned):
-            config = read_config(name, how.get("trust_remote_code", False))
+            config = read_config(name, how.get("trust_remote_code", False), how.get("model_kwargs"))
             cached = number > 0 and setting.cached_teacher
             planned.append(Depth(1, 1, 1) if cached else depths(config, every, teacher=number > 0))
         depth = planned[number]

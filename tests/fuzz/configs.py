@@ -50,6 +50,7 @@ DATA = {
     "num_workers": 0, "num_proc": 1, "cache_dir": None, "invalid": "refuse", "seed": 0,
 }  # fmt: skip
 MODEL = {
+    "student_kwargs": {"revision": "main"},
     "student": "m", "dtype": "float32", "lora": None, "gradient_checkpointing": False, "warmup": 0.03,
     "max_new_tokens": 8,
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "lr_scheduler": "cosine",
@@ -58,6 +59,7 @@ MODEL = {
 DISTILLED = MODEL | {
     "temperature": 1.0, "ce_weight": 0.0, "kl_weight": 1.0, "kind": "forward", "beta": 0.5,
     "attention": {"weight": 1.0, "layers": "all"}, "teacher_dtype": "auto", "teacher_kwargs": None,
+    "teacher_offload": False,
 }  # fmt: skip
 TRAINER = {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, "logger": False, "callbacks": [],
            "accumulate_grad_batches": 2, "precision": "32-true", "gradient_clip_val": 1.0}  # fmt: skip

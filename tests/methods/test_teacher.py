@@ -80,3 +80,17 @@ def test_a_folder_with_missing_weights_is_an_error(model_folder, tmp_path):
         Teacher(str(tmp_path))
     with pytest.raises(ValueError, match="does not exist"):
         Teacher(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is no further argument for from_pretrained: it has an option"),
+        ({"revison": "main"}, "cannot be loaded: .*unexpected keyword argument 'revison'"),
+        ({"quantization_config": "4bit"}, "cannot be loaded: 'str' object has no attribute"),
+        ({"gguf_file": 3}, "gguf_file is 3, expected a file's name"),
+    ],
+)
+def test_arguments_of_from_pretrained_that_make_no_sense(kwargs, message, model_folder):
+    with pytest.raises(ValueError, match=message):
+        Teacher(model_folder("llama"), model_kwargs=kwargs)
