@@ -63,6 +63,16 @@ def tiny_model(arch: str = "llama", seed: int = 0, **changes):
     return model
 
 
+def routed_model(seed: int = 0, arch: str = "mixtral", **changes):
+    """A mixture of experts whose routers have opinions."""
+    model = tiny_model(arch, seed, **changes)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "gate.weight" in name:
+                weight.mul_(20)
+    return model
+
+
 def byte_tokenizer(extra: tuple[str, ...] = ()):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from exact import SAMPLES, TAGS, batches
-from tiny import QUIET, ragged_samples, tiny_model
+from tiny import QUIET, ragged_samples, routed_model, tiny_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import lightning_itk as itk
@@ -18,32 +18,22 @@ from lightning_itk.methods.distillation import AttentionLoss
 WEIGHT = 3.0  # large, so that the term moves the weights as much as the others do
 
 
-def mixture(seed: int = 0, arch: str = "mixtral", **changes):
-    """A mixture whose router has opinions."""
-    model = tiny_model(arch, seed, **changes)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "gate.weight" in name:
-                weight.mul_(20)
-    return model
-
-
 def double():
     """torch's grouped products know no fp64."""
-    model = mixture().double()
+    model = routed_model().double()
     model.set_experts_implementation("eager")
     return model
 
 
 def module(method: str = "sft", student=None, **options):
     common = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.3), "lr_scheduler": None, "router_weight": WEIGHT}
-    student, teacher = student or mixture(), mixture(1, num_hidden_layers=4)
+    student, teacher = student or routed_model(), routed_model(1, num_hidden_layers=4)
     if method == "sft":
         return itk.SFTModule(student, **{**common, **options})
     common |= {"attention": AttentionLoss(weight=0.5), **options}
     if method == "kd":
         return itk.KDModule(student, teacher, ce_weight=0.3, **common)
-    return itk.DAEModule(student, {"reference": teacher, "expert": mixture(2)}, **common)
+    return itk.DAEModule(student, {"reference": teacher, "expert": routed_model(2)}, **common)
 
 
 def fit(model, data, accumulate: int = 1, **options) -> torch.Tensor:
@@ -56,7 +46,7 @@ def fit(model, data, accumulate: int = 1, **options) -> torch.Tensor:
 @functools.cache
 def reference(method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights before, after, and after the same steps without the term."""
-    before = torch.cat([parameter.detach().flatten() for parameter in mixture().parameters()])
+    before = torch.cat([parameter.detach().flatten() for parameter in routed_model().parameters()])
     return before, fit(module(method), batches(8)), fit(module(method, router_weight=0.0), batches(8))
 
 
@@ -69,7 +59,7 @@ def agrees(weights: torch.Tensor, method: str) -> bool:
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "phimoe"])
 def test_it_is_transformers_loss_layer_by_layer(arch):
     """Where the load is that of the batch itself, and every sample has as many response tokens as others."""
-    model = mixture(arch=arch)
+    model = routed_model(arch=arch)
     samples = [sample._replace(labels=sample.input_ids) for sample in ragged_samples(6)]
     samples = [s._replace(input_ids=s.input_ids[:9], labels=s.labels[:9]) for s in samples if len(s.input_ids) >= 9]
     data = b.pad(samples, pad_id=0, multiple=16)
@@ -223,11 +213,11 @@ def test_a_users_term_of_that_name_is_refused():
             return super().losses(batch) | {"router": itk.Term(self.student_states(batch).states.sum())}
 
     with pytest.raises(ValueError, match="router: a term of losses has the name"):
-        fit(Mine(mixture(), router_weight=0.1), batches(8))
+        fit(Mine(routed_model(), router_weight=0.1), batches(8))
 
 
 def test_a_teachers_router_is_left_alone():
-    student, teacher = mixture(), mixture(1, num_hidden_layers=4, output_router_logits=True)
+    student, teacher = routed_model(), routed_model(1, num_hidden_layers=4, output_router_logits=True)
     before = copy.deepcopy(teacher.state_dict())
     model = itk.KDModule(
         student,
