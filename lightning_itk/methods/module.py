@@ -69,7 +69,7 @@ class InstructionModule(L.LightningModule):
         nonfinite: A step whose loss or gradient is not finite: stop = an error that says where, before the weights are
             touched; skip = leave it out and count it as train/skipped_steps.
         router_weight: Of a mixture of experts: weight of the load-balancing loss, logged as `router`. null = the
-            configuration's router_aux_loss_coef if its output_router_logits is true, else 0; see README.
+            configuration's router_aux_loss_coef if its output_router_logits is true, else 0 = off.
         impl: Loss implementation: auto takes Triton on a GPU that supports it and torch elsewhere.
         max_scratch_bytes: Bound on the logits that a token loss holds at a time and what it makes of them; null = 2 GiB
             in Triton, 1.5 GiB (on a CPU 200 MiB) in torch. Less memory means more and smaller steps through the tokens.

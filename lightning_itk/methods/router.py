@@ -40,7 +40,7 @@ class RouterLoss:
             asked = getattr(config, "output_router_logits", False)
             weight = float(getattr(config, "router_aux_loss_coef", 0.0)) if asked else 0.0
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"router_weight must not be negative, got {weight}")
+            raise ValueError(f"router_weight must be finite and not negative, got {weight}")
         self.weight = weight
         self._load: Float[Tensor, "layers experts"] | None = None
         if weight:
@@ -55,7 +55,7 @@ class RouterLoss:
             raise ValueError("router: a term of losses has the name of the load-balancing loss; set router_weight: 0")
         logits, shares = self._seen(batch)
         uniform = torch.full_like(logits[0][0], self._k / logits[0].shape[-1])
-        load = [uniform] * len(logits) if self._load is None else self._load.to(shares.device)
+        load = [uniform] * len(logits) if self._load is None else self._load.to(shares.device, non_blocking=True)
         losses = [router_balance(t, shares, by_expert) for t, by_expert in zip(logits, load, strict=True)]
         return {**terms, "router": Term(torch.stack(losses).mean(), self.weight)}
 

@@ -151,13 +151,15 @@ def test_it_balances():
             self.norm = float(pl_module.student.model.layers[1].mlp.gate.weight.grad.norm())
 
         def on_train_batch_end(self, trainer, pl_module, *_):
-            uneven = (torch.tensor(pl_module._router.state()) - 0.5).abs().max()
+            load = torch.tensor(pl_module._router.state())
+            assert trainer.callback_metrics["train/router_max_load"].item() == pytest.approx(2 * load.max().item())
+            uneven = (load - 0.5).abs().max()
             seen.append((float(uneven), self.norm))
 
     def train(weight: float) -> list[tuple[float, float]]:
         seen.clear()
         model = module(router_weight=weight, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
-        options = {"max_epochs": 12, "enable_checkpointing": False, "callbacks": [Look()]}
+        options = {"max_epochs": 12, "enable_checkpointing": False, "callbacks": [Look()], "log_every_n_steps": 1}
         L.Trainer(**QUIET, **options).fit(model, torch.utils.data.DataLoader(batches(8)[:3], batch_size=None))
         return list(seen)
 
@@ -187,8 +189,8 @@ def test_off_unless_the_configuration_asks():
     ("arch", "weight", "message"),
     [
         ("llama", 0.1, "LlamaForCausalLM has no routers"),
-        ("mixtral", -1.0, "router_weight must not be negative"),
-        ("mixtral", float("nan"), "router_weight must not be negative"),
+        ("mixtral", -1.0, "router_weight must be finite and not negative"),
+        ("mixtral", float("nan"), "router_weight must be finite and not negative"),
     ],
 )
 def test_refusals(arch, weight, message):
