@@ -249,3 +249,18 @@ def test_the_command_refuses(folder, capsys, tmp_path, more, line):
 def test_the_command_refuses_a_model_without_experts(folder, capsys, tmp_path, model_folder):
     args = ["--model", model_folder("llama"), "--experts", "2", "--data", f"{folder}/data.jsonl"]
     assert "LlamaForCausalLM has none" in refused(capsys, "prune", "--output", f"{tmp_path}/new", *args)
+
+
+def test_a_mixture_trains_and_leaves_by_the_command_line(folder, tmp_path):
+    fit = ["fit", "--model", "lightning_itk.SFTModule", "--model.student", f"{folder}/model", "--model.router_weight",
+           "0.01", "--data.train", f"{folder}/data.jsonl", "--data.cache_dir", f"{tmp_path}/cache",
+           "--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.default_root_dir",
+           f"{tmp_path}/runs"]  # fmt: skip
+    assert cli.main(fit) == 0
+    (checkpoint,) = (tmp_path / "runs").rglob("*.ckpt")
+    assert cli.main(["export", "--ckpt", str(checkpoint), "--output", f"{tmp_path}/out"]) == 0
+    content = torch.load(checkpoint, weights_only=True)
+    assert len(content["router_load"]) == 3
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert len(exported) > 10
+    assert all(torch.equal(tensor, content["state_dict"][f"student.{name}"]) for name, tensor in exported.items())
