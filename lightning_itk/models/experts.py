@@ -39,8 +39,8 @@ def count_experts(model: PreTrainedModel) -> int:
 def expert_use(model: PreTrainedModel, sequences: Iterable[np.ndarray]) -> Float[Tensor, "layers experts"]:
     """The routing weight that each expert gets, its part of a layer's whole.
 
-    Summed weights, not how often an expert is chosen: soft counts keep more of a model (Muzio et al., SEER-MoE, arXiv
-    2404.05089), and where a token goes to all experts of a layer (2 of 2) only they can tell them apart.
+    Heavy hitters are kept, as in Muzio et al., SEER-MoE, arXiv 2404.05089. Summed weights, not how often an expert is
+    chosen: where a token goes to all experts of a layer (2 of 2) only they can tell them apart.
 
     Args:
         model: a mixture of experts.
