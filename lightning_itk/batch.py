@@ -14,7 +14,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -199,6 +199,17 @@ def identities(batch: Batch) -> np.ndarray:
 def count_targets(batch: Batch) -> Int[Tensor, ""]:
     """How many predictions the losses of this batch sum over. A tensor, so that counting never waits for the GPU."""
     return (next_token_labels(batch) != IGNORE_INDEX).sum()
+
+
+def sample_shares(batch: Batch) -> Float[Tensor, "B S"]:
+    """How much each token counts where all tokens of a sample count alike, and a sample as much as its response tokens.
+
+    They add up to `count_targets`, padding has none of them, and no layout changes them. Ask on the CPU.
+    """
+    segments = (batch["position_ids"] == 0).flatten().cumsum(0) - 1
+    learned = (next_token_labels(batch) != IGNORE_INDEX).flatten()
+    shares = segments.bincount(learned.double()) / segments.bincount()
+    return shares[segments].view_as(batch["labels"]).float()
 
 
 def cu_seqlens(batch: Batch) -> Int[Tensor, "segments+1"]:

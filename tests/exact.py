@@ -1,9 +1,9 @@
-"""What the exactness tests train: three methods on the same samples, cut into batches in any way."""
+"""What the exactness tests train: three methods on the same samples, cut into batches in any way, and a mixture."""
 
 import functools
 
 import torch
-from tiny import ragged_samples, tiny_model
+from tiny import ragged_samples, routed_model, tiny_model
 
 from lightning_itk import batch as b
 from lightning_itk.methods.dae import DAEModule
@@ -22,6 +22,8 @@ def module(method: str, **kwargs):
         "lr_scheduler": None,
         **kwargs,
     }
+    if method == "moe":
+        return SFTModule(routed_model(0), router_weight=0.1, **common)
     student = tiny_model("llama", 0)
     attention = AttentionLoss(weight=0.5)
     if method == "sft":

@@ -7,7 +7,7 @@ import torch
 from exact import SAMPLES, TAGS, module
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from tiny import QUIET, byte_tokenizer, tiny_model
+from tiny import QUIET, byte_tokenizer, routed_model, tiny_model
 from torch.distributed.tensor import DTensor
 
 from lightning_itk import batch as b
@@ -86,7 +86,9 @@ def fit(
     )
     common = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
     student = tiny_model("llama", 0, attention_dropout=dropout, tie_word_embeddings=method == "kd")
-    if method == "sft":
+    if method == "moe":
+        model = SFTModule(routed_model(0), router_weight=0.1, **common)
+    elif method == "sft":
         model = SFTModule(student, **common)
     else:
         model = KDModule(student, tiny_model("llama", 1, tie_word_embeddings=True), **common)

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tiny import QUIET, byte_tokenizer, tiny_model
+from tiny import QUIET, byte_tokenizer, routed_model, tiny_model
 
 import lightning_itk as itk
 from lightning_itk.methods.distillation import AttentionLoss
@@ -46,7 +46,9 @@ def train(method: str, data: str, folder: Path, output: Path, resume: bool = Fal
     L.seed_everything(0)
     student = tiny_model("llama", 0, attention_dropout=0.1)
     common = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
-    if method == "sft":
+    if method == "moe":
+        student, common["router_weight"] = routed_model(0, attention_dropout=0.1), 0.1
+    if method in ("sft", "moe"):
         model: itk.InstructionModule = itk.SFTModule(student, **common)
     else:
         model = itk.KDModule(student, tiny_model("llama", 1), attention=AttentionLoss(), **common)

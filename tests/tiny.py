@@ -22,6 +22,23 @@ EXTRA = {
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0},
@@ -43,6 +60,16 @@ def tiny_model(arch: str = "llama", seed: int = 0, **changes):
         for name, weight in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 weight.mul_(10)  # attention maps that are far from uniform
+    return model
+
+
+def routed_model(seed: int = 0, arch: str = "mixtral", **changes):
+    """A mixture of experts whose routers have opinions."""
+    model = tiny_model(arch, seed, **changes)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "gate.weight" in name:
+                weight.mul_(20)
     return model
 
 

@@ -20,7 +20,7 @@ COMMANDS = {
     "choose-teacher": ("cli.choose_teacher", "choose_teacher", "rank candidate teachers by their responses"),
     "generate": ("cli.generate", "generate_responses", "write a model's responses to the prompts of a file"),
     "compare": ("cli.compare", "compare_runs", "compare runs record by record, from the files of RecordResults"),
-    "prune": ("cli.prune", "prune_model", "make a smaller student out of a model: some of its layers"),
+    "prune": ("cli.prune", "prune_model", "make a smaller student out of a model: some of its layers or experts"),
     "export": ("cli.export", "export_checkpoint", "turn a checkpoint into a Hugging Face folder"),
 }
 # command -> the argument that may stand without its name

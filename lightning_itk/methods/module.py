@@ -34,6 +34,7 @@ from lightning_itk.methods.normalisation import StepSums, loss_scale, scale_grad
 from lightning_itk.methods.optimizer import fuse
 from lightning_itk.methods.resume import ResumePoint
 from lightning_itk.methods.rounding import stuck_warning
+from lightning_itk.methods.router import RouterLoss
 from lightning_itk.methods.schedule import schedule
 from lightning_itk.methods.step import ForwardPass, Term, TokenFigure, on_a_pass, weighted_sum
 from lightning_itk.models.checkpoint import plain_hparams
@@ -69,6 +70,8 @@ class InstructionModule(L.LightningModule):
         max_new_tokens: Longest answer in the predict loop.
         nonfinite: A step whose loss or gradient is not finite: stop = an error that says where, before the weights are
             touched; skip = leave it out and count it as train/skipped_steps.
+        router_weight: Of a mixture of experts: weight of the load-balancing loss, logged as `router`. null = the
+            configuration's router_aux_loss_coef if its output_router_logits is true, else 0 = off.
         impl: Loss implementation: auto takes Triton on a GPU that supports it and torch elsewhere.
         max_scratch_bytes: Bound on the logits that a token loss holds at a time and what it makes of them; null = 2 GiB
             in Triton, 1.5 GiB (on a CPU 200 MiB) in torch. Less memory means more and smaller steps through the tokens.
@@ -90,6 +93,7 @@ class InstructionModule(L.LightningModule):
         warmup: float = 0.03,
         max_new_tokens: int = 256,
         nonfinite: NonFinite = "stop",
+        router_weight: float | None = None,
         impl: Impl = "auto",
         max_scratch_bytes: int | None = None,
         trust_remote_code: bool = False,
@@ -114,6 +118,7 @@ class InstructionModule(L.LightningModule):
                 model_kwargs=student_kwargs,
             )
         check_head(student)
+        self._router = RouterLoss(student, router_weight)
         model = make_trainable(student, lora, gradient_checkpointing=gradient_checkpointing, compile=compile)
         self.student = model.train()  # from_pretrained leaves a model in eval mode
         self._sums, self._guard, self._resume = StepSums(), FiniteGuard(nonfinite), ResumePoint()
@@ -157,7 +162,7 @@ class InstructionModule(L.LightningModule):
 
     def run_student(self, batch: Batch) -> HiddenStates:
         """One forward pass of the student."""
-        return hidden_states(self.student, batch)
+        return hidden_states(self.student, batch, routers=self._router.weight > 0)
 
     def forward_pass(self, batch: Batch) -> ForwardPass:
         """`run_models` in the layout that the student can run; a pass is handed back as it is."""
@@ -183,14 +188,14 @@ class InstructionModule(L.LightningModule):
         if not self._sums.begun:
             self._resume.begin_window()
         batch = cast(Batch, self.forward_pass(batch))
-        terms, targets = self.losses(batch), count_targets(batch)
+        terms, targets = self._router.add_to(self.losses(batch), batch), count_targets(batch)
         total = weighted_sum(terms)
         sums: dict[str, Tensor | int] = {"targets": targets, "tokens": real_tokens(batch).sum()}
         sums["slots"] = batch["input_ids"].numel()
         for name, term in {**terms, "loss": Term(total)}.items():
             sums[f"train/{name}"] = term.total
             sums[f"elements/{name}"] = targets if term.elements is None else term.elements
-        self._sums.add(sums, total.device)
+        self._sums.add(sums | self._router.sums(batch), total.device)
         self._guard.add(batch, total)
         if self._loss_scale is None:
             self._loss_scale = loss_scale(self.parameters(), targets, self.trainer.strategy)
@@ -217,7 +222,7 @@ class InstructionModule(L.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> Batch:
         batch = cast(Batch, self.forward_pass(batch))
-        terms, targets = self.losses(batch), count_targets(batch)
+        terms, targets = self._router.add_to(self.losses(batch), batch), count_targets(batch)
         loss, own = Term(weighted_sum(terms)), self.evaluate(batch)
         if twice := own.keys() & {*terms, "loss"}:
             raise ValueError(f"{', '.join(sorted(twice))}: a term of the loss and a figure of evaluate need two names")
@@ -316,6 +321,7 @@ class InstructionModule(L.LightningModule):
         factor = self.trainer.accumulate_grad_batches * replicas / (self._loss_scale * count)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         scale_gradients(parameters, factor)
+        self._router.end_step(sums)
         norm = self._guard.norm(self.trainer, parameters, sums)
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == 0 or (step + 1) % every == 0:
@@ -323,7 +329,7 @@ class InstructionModule(L.LightningModule):
             self.log("train/grad_norm", norm)
             if self._guard.mode == "skip":
                 self.log("train/skipped_steps", float(self._guard.skipped))
-            self._figures.log_step(self, optimizer, sums)
+            self._figures.log_step(self, optimizer, sums | self._router.figures())
 
     def on_validation_epoch_end(self) -> None:
         self._figures.log_evaluation(self)
@@ -335,11 +341,13 @@ class InstructionModule(L.LightningModule):
         self._guard.check(self.trainer)
         self._resume.save(self.trainer, checkpoint, self._sums.begun)
         checkpoint |= {"skipped_steps": self._guard.skipped, "loss_scale": self._loss_scale}
+        checkpoint["router_load"] = self._router.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resume.load(self._trainer, checkpoint)
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
         self._loss_scale = checkpoint.get("loss_scale")
+        self._router.restore(checkpoint.get("router_load"))
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])

@@ -50,7 +50,7 @@ class StepSums:
         return 0 if self._reduced is not None else self._micro_batches
 
     def add(self, sums: Mapping[str, Tensor | int], device: torch.device) -> None:
-        """Add a micro-batch, without waiting for the device. The names are the same on every rank."""
+        """Add a micro-batch, without waiting for the device. Names and shapes are the same on every rank."""
         if self._reduced is not None:
             self._own, self._reduced, self._micro_batches = {}, None, 0
         self._micro_batches += 1
@@ -62,11 +62,12 @@ class StepSums:
             self._own[name] = self._own[name] + added if name in self._own else added
 
     def reduced(self, strategy: Any) -> dict[str, Tensor]:
-        """The sums over all ranks, scalars; nothing where nothing was added. A collective, once per step."""
+        """The sums over all ranks; nothing where nothing was added. A collective, once per step."""
         if self._reduced is None:
-            names = sorted(self._own)
-            total = strategy.reduce(torch.stack([self._own[n] for n in names]), reduce_op="sum") if names else ()
-            self._reduced = dict(zip(names, total, strict=True))
+            own = [self._own[name] for name in sorted(self._own)]
+            total = strategy.reduce(torch.cat([t.flatten() for t in own]), reduce_op="sum") if own else torch.empty(0)
+            parts = total.split([t.numel() for t in own])
+            self._reduced = {n: part.view_as(self._own[n]) for n, part in zip(sorted(self._own), parts, strict=True)}
         return self._reduced
 
 

@@ -26,6 +26,12 @@ class HiddenStates(NamedTuple):
     head: Head
 
 
+class RoutedStates(HiddenStates):
+    """The states of a mixture of experts, with what its routers said."""
+
+    router_logits: tuple[Float[Tensor, "B*S experts"], ...]  # by layer that has experts
+
+
 def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value, operator]
@@ -61,8 +67,11 @@ def _active(layer: torch.nn.Module) -> torch.nn.Module:
     return copies[adapters[0]] if copies is not None and adapters else layer
 
 
-def hidden_states(model: torch.nn.Module, batch: Batch) -> HiddenStates:
-    """Run the model on a batch up to its head. Gradients flow where they are enabled."""
+def hidden_states(model: torch.nn.Module, batch: Batch, *, routers: bool = False) -> HiddenStates:
+    """Run the model on a batch up to its head. Gradients flow where they are enabled.
+
+    With `routers` the result is `RoutedStates`; such a model has passed `check_routers`.
+    """
     taken: list[Tensor] = []
 
     def take(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -72,10 +81,15 @@ def hidden_states(model: torch.nn.Module, batch: Batch) -> HiddenStates:
     layer = _active(base_causal_lm(model).get_output_embeddings())
     handle = layer.register_forward_pre_hook(take)
     try:
-        model(**_causal_inputs(model, batch), use_cache=False)
+        asked = {"output_router_logits": True} if routers else {}
+        output = model(**_causal_inputs(model, batch), use_cache=False, **asked)
     finally:
         handle.remove()
-    return HiddenStates(taken[0], head_of(model))
+    if not routers:
+        return HiddenStates(taken[0], head_of(model))
+    states = RoutedStates(taken[0], head_of(model))
+    states.router_logits = output.router_logits
+    return states
 
 
 def _causal_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -113,6 +127,29 @@ def check_head(model: torch.nn.Module) -> None:
             f"{type(base).__name__} does something to its logits that this kit does not know "
             f"(relative difference {error:.1e}); it cannot be trained without silent errors"
         )
+
+
+@torch.no_grad()
+def check_routers(model: torch.nn.Module) -> None:
+    """Prove on four tokens that the model shows the logits of its routers.
+
+    Raises:
+        ValueError: a model without them, by name, or one that shows something else.
+    """
+    base, training = base_causal_lm(model), model.training
+    name, config = type(base).__name__, base.config.get_text_config()
+    if not getattr(config, "num_experts_per_tok", None) or not hasattr(config, "output_router_logits"):
+        raise ValueError(f"{name} has no routers with a load-balancing loss: router_weight must be null or 0")
+    model.eval()
+    try:
+        found = hidden_states(model, _probe(base, [4]), routers=True)
+    finally:
+        model.train(training)
+    assert isinstance(found, RoutedStates)
+    # A model of another version may show probabilities there.
+    shown = [logits for logits in found.router_logits or () if logits.ndim == 2 and len(logits) == 4]
+    if not shown or any(((t >= 0) & (t <= 1)).all() and (t.float().sum(-1) - 1).abs().max() < 1e-2 for t in shown):
+        raise ValueError(f"{name} does not show its routers' logits: router_weight must be 0")
 
 
 @torch.no_grad()

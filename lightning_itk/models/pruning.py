@@ -3,15 +3,18 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-NOTE = "pruned"  # the key of the student's configuration: {"layers": kept, "of": layers of the original}
+# The key of the student's configuration: {"layers": kept, "of": layers of the original}; of a mixture's student also
+# {"experts": by layer those that are kept (null where there were none), "experts_of": experts of the original}.
+NOTE = "pruned"
 
 
 def layers_to_keep(layers: str, count: int, influence: Callable[[], Sequence[float]] | None = None) -> list[int]:
@@ -80,7 +83,7 @@ def block_influence(model: PreTrainedModel, sequences: Iterable[np.ndarray]) -> 
         ValueError: no token at all.
     """
     _, layers = decoder_layers(model)
-    sums, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
+    sums = torch.zeros(len(layers), dtype=torch.float64)
 
     def measure(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -92,7 +95,17 @@ def block_influence(model: PreTrainedModel, sequences: Iterable[np.ndarray]) -> 
         return hook
 
     handles = [layer.register_forward_hook(measure(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    training = model.training
+    tokens = run_over(model, sequences, handles)
+    return (sums / tokens).tolist()
+
+
+def run_over(model: PreTrainedModel, sequences: Iterable[np.ndarray], handles: Iterable[RemovableHandle]) -> int:
+    """Run a model on token ids, one array at a time, and remove the hooks that watched; the number of tokens.
+
+    Raises:
+        ValueError: no token at all.
+    """
+    tokens, training = 0, model.training
     model.eval()
     try:
         for ids in sequences:
@@ -103,8 +116,18 @@ def block_influence(model: PreTrainedModel, sequences: Iterable[np.ndarray]) -> 
         for handle in handles:
             handle.remove()
     if not tokens:
-        raise ValueError("data: holds no token to measure the layers' influence on")
-    return (sums / tokens).tolist()
+        raise ValueError("data: holds no token to measure the model on")
+    return tokens
+
+
+def expert_blocks(model: PreTrainedModel) -> dict[int, str]:
+    """The layers that hold experts, fused as transformers keeps them, and the name of each one's block of them."""
+    name, _ = decoder_layers(model)
+    found: dict[int, str] = {}
+    for block, module in model.named_modules():
+        if block.startswith(f"{name}.") and isinstance(getattr(module, "experts", None), nn.Module):
+            found[int(block.removeprefix(f"{name}.").partition(".")[0])] = block
+    return found
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
@@ -128,10 +151,30 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
             setattr(inner, key, [value[layer] for layer in kept])
     inner.num_hidden_layers = len(kept)
     noted = getattr(config, NOTE, None) or {"layers": list(range(before)), "of": before}
-    setattr(config, NOTE, {"layers": [noted["layers"][layer] for layer in kept], "of": noted["of"]})
+    noted = {**noted, "layers": [noted["layers"][layer] for layer in kept]}
+    if "experts" in noted:
+        noted["experts"] = [noted["experts"][layer] for layer in kept]
+    setattr(config, NOTE, noted)
+    if hasattr(inner, "mlp_only_layers"):  # which of a mixture's layers are dense, by number and by rhythm
+        inner.mlp_only_layers = [place for place, layer in enumerate(kept) if layer not in expert_blocks(model)]
+        inner.decoder_sparse_step = 1
+    return rebuilt(model, config, dict(_renamed(model, f"{name}.", kept)))
+
+
+def rebuilt(model: PreTrainedModel, config: Any, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A model of another configuration with copies of these weights; all else is as in `model`.
+
+    Raises:
+        ValueError: weights that do not fit.
+    """
+    same = type(config) is type(model.config)
     with _default_dtype(model.dtype):
-        smaller = type(model)(config)
-    smaller.load_state_dict(dict(_renamed(model, f"{name}.", kept)))
+        smaller: Any = (type(model) if same else cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)])(config)
+    own = {key: tensor.shape for key, tensor in smaller.state_dict().items()}
+    wrong = sorted(own.keys() ^ state.keys()) or sorted(key for key in own if own[key] != state[key].shape)
+    if wrong:
+        raise ValueError(f"{type(model).__name__} cannot be pruned so: {wrong[0]} does not fit the smaller model")
+    smaller.load_state_dict(state)
     smaller.tie_weights()
     smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.train(model.training)

@@ -54,7 +54,7 @@ MODEL = {
     "student": "m", "dtype": "float32", "lora": None, "gradient_checkpointing": False, "warmup": 0.03,
     "max_new_tokens": 8,
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "lr_scheduler": "cosine",
-    "nonfinite": "stop", "impl": "auto", "trust_remote_code": False,
+    "nonfinite": "stop", "router_weight": None, "impl": "auto", "trust_remote_code": False,
 }  # fmt: skip
 DISTILLED = MODEL | {
     "temperature": 1.0, "ce_weight": 0.0, "kl_weight": 1.0, "kind": "forward", "beta": 0.5,

@@ -10,7 +10,7 @@ import runs
 import torch
 from exact import METHODS, batches, module
 from processes import run_ranks
-from tiny import QUIET, tiny_model
+from tiny import QUIET, routed_model, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lightning_itk import cli
@@ -35,7 +35,7 @@ def single(method: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "moe"])
 def test_two_ranks_take_the_same_steps(method, strategy, tmp_path):
     run_ranks(ranks.train, method, strategy, tmp_path)
     result = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -115,14 +115,18 @@ def test_two_ranks_resume_in_the_middle_of_an_epoch(strategy, method, tmp_path):
 
 
 # 42 records in steps of 8 rows: 6 steps an epoch, of which the last has 2 rows.
-@pytest.mark.parametrize("method", ["sft", "kd"])
+@pytest.mark.parametrize("method", ["sft", "kd", "moe"])
 def test_any_strategy_resumes_from_any_other(method, tmp_path):
-    """In the middle of an epoch, at its end and in the next; KD has a tied teacher, which no checkpoint holds."""
+    """In the middle of an epoch, at its end and in the next; KD has a tied teacher, which no checkpoint holds; a
+    mixture goes on with the load of the step before."""
     data = runs.write_records(tmp_path)
-    whole = {setup: fit(setup, data, tmp_path, setup, method=method) for setup in ("alone", "ddp", "fsdp2")}
-    before = torch.cat([p.detach().flatten() for p in tiny_model("llama", 0).parameters()])
+    start = routed_model(0) if method == "moe" else tiny_model("llama", 0)
+    before = torch.cat([p.detach().flatten() for p in start.parameters()])
     moves = [("fsdp2", "alone", 3), ("alone", "fsdp2", 3), ("fsdp2", "wide", 6), ("ddp", "fsdp2", 8)]
+    moves = moves[:2] if method == "moe" else moves
     moves += [("fsdp2", "ddp", 11), ("ddp", "wide", 5)] if method == "sft" else []
+    origins = {"alone", *(origin for origin, _, _ in moves)}
+    whole = {setup: fit(setup, data, tmp_path, setup, method=method) for setup in origins}
     for number, (origin, setup, step) in enumerate(moves):
         checkpoint = tmp_path / origin / f"step={step}.ckpt"
         assert checkpoint.is_dir() == (origin == "fsdp2")

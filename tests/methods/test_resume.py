@@ -30,7 +30,7 @@ def uninterrupted(data, tmp_path_factory):
 
 
 # 41 training samples in micro-batches of 2, accumulated by 3: 21 micro-batches and 7 steps an epoch.
-@pytest.mark.parametrize(("method", "kills"), [("sft", [8, 2, 11]), ("sft", [29]), ("kd", [10])])
+@pytest.mark.parametrize(("method", "kills"), [("sft", [8, 2, 11]), ("sft", [29]), ("kd", [10]), ("moe", [20])])
 def test_killed_runs_end_with_the_same_weights(method, kills, data, uninterrupted, tmp_path):
     for number, kill in enumerate(kills):
         code = run(runs.train, method, data, tmp_path, tmp_path / "never.pt", number > 0, kill)

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from exact import batches
-from tiny import tiny_model
+from tiny import routed_model, tiny_model
 from waits import Away, Waits, send
 
 import lightning_itk as itk
@@ -48,6 +48,27 @@ def test_a_micro_batch_waits_for_nothing(method, layout, copy):
     torch.testing.assert_close(total.here, expected)
     for here, there in zip(gradients, found, strict=True):
         torch.testing.assert_close(there.here, here, rtol=1e-4, atol=1e-5)
+
+
+def test_the_load_balancing_loss_waits_for_nothing():
+    model, (before, now, *_) = itk.SFTModule(routed_model(), router_weight=0.1), batches(8)
+    runs = [model.forward_pass(batch) for batch in (before, now)]
+
+    def look() -> torch.Tensor:
+        model._router.restore(None)
+        sums = {name: value.double() for name, value in model._router.sums(runs[0]).items()}
+        model._router.end_step({**sums, "targets": sums["router/chosen"][0].sum() / 2})
+        return model._router.add_to({}, runs[1])["router"].total.detach()
+
+    expected = look()
+    for run in runs:
+        there, run.student.router_logits = run.student.router_logits, ()
+        run.student = type(run.student)(send(run.student.states.detach()), run.student.head)
+        run.student.router_logits = tuple(send(logits.detach()) for logits in there)
+    with Waits() as waits:
+        found = look()
+    assert not waits.places
+    torch.testing.assert_close(found.here, expected)
 
 
 CHANGES = {

@@ -21,7 +21,7 @@ def test_hidden_states_and_head_make_the_models_own_logits(arch):
     torch.testing.assert_close(logits[keep], expected[keep], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", [a for a in ARCHS if a != "opt"])
+@pytest.mark.parametrize("arch", [a for a in ARCHS if a not in ("opt", "gpt_oss")])
 def test_packed_logits_equal_unpacked_logits(arch):
     model = tiny_model(arch)
     check_packing(model)
@@ -38,10 +38,11 @@ def test_the_packing_check_is_not_fooled_by_autocast():
     check_packing(tiny_model("llama").bfloat16())
 
 
-def test_a_model_that_mixes_packed_samples_is_refused_by_name():
+@pytest.mark.parametrize(("arch", "name"), [("opt", "OPT"), ("gpt_oss", "GptOss")])
+def test_a_model_that_mixes_packed_samples_is_refused_by_name(arch, name):
     """transformers' OPT makes its own mask and does not look at the positions."""
-    with pytest.raises(ValueError, match=r"OPTForCausalLM lets packed samples see each other.*packing: false"):
-        check_packing(tiny_model("opt"))
+    with pytest.raises(ValueError, match=rf"{name}ForCausalLM lets packed samples see each other.*packing: false"):
+        check_packing(tiny_model(arch))
 
 
 def test_unknown_logit_processing_is_refused_by_name(monkeypatch):
