@@ -1,6 +1,6 @@
 """Every method on one, two and four ranks, by DDP and FSDP2, against one process: trained, saved, resumed, exported.
 
-`python -m matrix` (`make ranks`) runs all of it and prints the differences; test_matrix.py runs a part.
+`make ranks` runs all of it and prints the differences; test_matrix.py runs a part.
 """
 
 import argparse
@@ -206,6 +206,7 @@ def everything(methods: Iterable[str] = METHODS) -> list[Run]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default=",".join(METHODS))
+    torch.set_num_threads(1)  # as the ranks have
     folder = Path(tempfile.mkdtemp(prefix="itk-ranks-"))
     start = time.perf_counter()
     try:
