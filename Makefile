@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test quick fuzz chaos lint model bench gpu clean
+.PHONY: help install quickstart test quick fuzz chaos ranks lint model bench gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,11 @@ KILLS ?= 50
 
 chaos: $(INSTALLED)  ## kill training runs at random moments, resume, compare to the bit (KILLS=50 SEED=0, about ten minutes)
 	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(or $(SEED),0)
+
+METHODS ?= sft,kd,dae,lora
+
+ranks: $(INSTALLED)  ## each method by DDP and FSDP2 on 2 and 4 CPU ranks: trained, resumed, exported, compared (about ten minutes)
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m matrix --methods $(METHODS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check

@@ -14,7 +14,7 @@ from rich.table import Table
 from lightning_itk.losses.implementation import describe_impl
 from lightning_itk.methods.cached_teacher import CachedTeacher
 from lightning_itk.methods.module import InstructionModule
-from lightning_itk.models.export import check_replaceable, export
+from lightning_itk.models.export import MAX_SHARD_SIZE, check_replaceable, export, split_weights
 from lightning_itk.models.hidden import base_causal_lm
 from lightning_itk.models.loading import DType
 from lightning_itk.models.offload import is_offloaded
@@ -31,6 +31,7 @@ class HFExport(Callback):
         monitor: The metric of `best`.
         mode: Whether a lower (min) or higher (max) metric is better.
         dtype: Precision of the saved weights; auto = as they are trained.
+        max_shard_size: Size of a file of weights, such as 5GB. Under FSDP2 one file is gathered on rank 0 at a time.
     """
 
     def __init__(
@@ -39,10 +40,13 @@ class HFExport(Callback):
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
         dtype: DType = "auto",
+        max_shard_size: str = MAX_SHARD_SIZE,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"HFExport.mode must be 'min' or 'max', got {mode!r}")
+        split_weights({}, max_shard_size)  # now, not after hours of training
         self.dirpath, self.monitor, self.mode, self.dtype = dirpath, monitor, mode, dtype
+        self.max_shard_size = max_shard_size
         self.best: float | None = None
 
     def folder(self, trainer: L.Trainer) -> Path:
@@ -72,7 +76,8 @@ class HFExport(Callback):
         except ValueError as error:  # somebody's files came while it trained: keep them, and the student too
             folder = folder.with_name(f"{name}-step-{trainer.global_step}")
             rank_zero_warn(f"{error}; exported to {folder}")
-        export(pl_module.student, tokenizer, folder, dtype=self.dtype, write=trainer.is_global_zero)
+        how: Any = {"dtype": self.dtype, "max_shard_size": self.max_shard_size}
+        export(pl_module.student, tokenizer, folder, **how, write=trainer.is_global_zero)
         trainer.strategy.barrier()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -69,6 +69,8 @@ def test_best_follows_the_metric(tmp_path):
     assert not best.lm_head.weight.equal(last.lm_head.weight)
     with pytest.raises(ValueError, match="mode must be"):
         HFExport(mode="least")
+    with pytest.raises(ValueError, match="max_shard_size: expected a size such as 5GB, found 'all'"):
+        HFExport(max_shard_size="all")
 
 
 def test_a_full_disk_leaves_the_old_export_and_one_line(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What a checkpoint holds: the trained tensors, plain hyper-parameters, the random state of every rank."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_itk.models.sharded import read_sharded
+from lightning_itk.models.sharded import ShardedTensors, open_sharded, read_sharded
 
 
 def keep_out_of_checkpoints(module: nn.Module, *, frozen_only: bool = False) -> None:
@@ -46,9 +47,9 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def read_checkpoint(path: str | Path, *, optimizers: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, lazy: bool = False) -> dict[str, Any]:
     """What a checkpoint holds, as tensors and plain values; no code in it runs. Tensors of a file stay on disk until
-    they are used, those of a folder are read; without `optimizers` those of optimizers are not.
+    they are used. Those of a folder are read, and with `lazy` each time one is asked for, without the optimizers'.
 
     Raises:
         ValueError: no such file, or none that a training run of this kit wrote whole.
@@ -57,15 +58,22 @@ def read_checkpoint(path: str | Path, *, optimizers: bool = True) -> dict[str, A
         raise ValueError(f"{path}: no such checkpoint")
     try:
         if Path(path).is_dir():
-            content = read_sharded(path, optimizers=optimizers)
+            content = open_sharded(path) if lazy else read_sharded(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a reader of damaged bytes may trip over anything
         raise ValueError(f"{path}: is no checkpoint of this kit ({type(error).__name__})") from error
-    for name, kind in (("hyper_parameters", dict), ("state_dict", dict), ("global_step", int)):
+    for name, kind in (("hyper_parameters", dict), ("state_dict", Mapping), ("global_step", int)):
         if not isinstance(content, dict) or not isinstance(content.get(name), kind):
             raise ValueError(f"{path}: is no checkpoint of this kit (no {name})")
     return content
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors, of which none is read."""
+    if isinstance(state, ShardedTensors):
+        return state.shapes
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def rng_state() -> dict[str, Tensor]:

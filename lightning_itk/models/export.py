@@ -5,22 +5,24 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lightning_itk.files import take_place
-from lightning_itk.models.checkpoint import read_checkpoint
-from lightning_itk.models.hidden import base_causal_lm
+from lightning_itk.models.adapters import BaseFiles, MergedAdapters, empty_twin, merged_twin
 from lightning_itk.models.loading import DType, LoRA, add_lora, load_causal_lm
-from lightning_itk.models.precision import reshard
+from lightning_itk.models.saved import SavedModel, empty
+from lightning_itk.models.weights import CheckpointWeights, ModelWeights, Weights
 
+MAX_SHARD_SIZE = "50GB"  # as in transformers
 _MANIFEST = "itk_export.json"  # which files of a folder an export wrote
 
 
@@ -30,37 +32,54 @@ def export(
     folder: str | Path,
     *,
     dtype: DType = "auto",
+    max_shard_size: str = MAX_SHARD_SIZE,
     write: bool = True,
 ) -> None:
     """Save weights (safetensors, adapters merged), configuration and tokenizer with its chat template.
 
     The folder appears complete or not at all. An earlier export is replaced, and nothing else: a file that no export
-    wrote is never touched. The student is not changed.
+    wrote is never touched. The student is not changed. Beside it, one file's weights are in memory at a time.
 
     Args:
         student: a causal LM, in a peft wrapper or not, sharded by FSDP2 or not. Sharded ones must be exported on all
             ranks at once.
         dtype: of the saved weights; "auto" = as they are.
+        max_shard_size: of a file of weights, such as "5GB".
         write: False only takes part in gathering the weights (all ranks but one).
 
     Raises:
         ValueError: the folder cannot be written, or holds what no export wrote (one line with the reason).
     """
-    sharded = any(isinstance(module, FSDPModule) for module in student.modules())
-    state = None
-    if sharded and hasattr(student, "merge_and_unload"):
-        student = _gathered(student)
-    elif sharded:
-        state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not write:
+    if not write and not any(isinstance(module, FSDPModule) for module in student.modules()):
         return
+    weights: Weights = ModelWeights(student)
     if hasattr(student, "merge_and_unload"):
-        student = (student if sharded else copy.deepcopy(student)).merge_and_unload()  # type: ignore[operator]
+        twin = empty_twin(student)
+        student, weights = merged_twin(twin), MergedAdapters(twin, weights)
     assert isinstance(student, PreTrainedModel)
-    if dtype != "auto":
-        wanted = getattr(torch, dtype)
-        source: dict[str, Any] = student.state_dict() if state is None else state
-        state = {name: t.to(wanted) if t.is_floating_point() else t for name, t in source.items()}
+    write_folder(SavedModel(student), weights, tokenizer, folder, dtype, max_shard_size, write=write)
+
+
+def write_folder(
+    saved: SavedModel,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    dtype: DType = "auto",
+    max_shard_size: str = MAX_SHARD_SIZE,
+    *,
+    write: bool = True,
+) -> None:
+    """What `export` says, of a model whose weights are anywhere.
+
+    Args:
+        saved: the model, which may be on the meta device.
+        weights: its weights, read a few at a time.
+        write: False only reads the weights, in the same order.
+    """
+    if not write:
+        _write_weights(saved, weights, None, dtype, max_shard_size)
+        return
     folder = Path(folder).resolve()  # the target of a link, which stays
     check_replaceable(folder)
     try:
@@ -69,7 +88,8 @@ def export(
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
-        student.save_pretrained(temporary, state_dict=state)
+        saved.model.save_pretrained(temporary, state_dict={})  # all but the weights
+        _write_weights(saved, weights, temporary, dtype, max_shard_size)
         if dtype != "auto":
             config = json.loads((temporary / "config.json").read_text())
             (temporary / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
@@ -86,26 +106,36 @@ def export(
         raise
 
 
-def _gathered(student: torch.nn.Module) -> torch.nn.Module:
-    """A sharded student with its adapters as one model on rank 0, without weights on the others. On all ranks."""
-    from peft import get_peft_model
+def _write_weights(saved: SavedModel, weights: Weights, folder: Path | None, dtype: DType, max_shard_size: str) -> None:
+    """The files of weights and their index, one file in memory at a time; without a folder, only read the weights."""
+    wanted = {n: getattr(torch, dtype) if dtype != "auto" and t.is_floating_point() else t.dtype
+              for n, t in saved.tensors.items()}  # fmt: skip
+    split = split_weights({name: empty(t, wanted[name]) for name, t in saved.tensors.items()}, max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name, tensor in saved.make(weights, names):
+            if folder is not None:
+                tensors[name] = tensor.to(wanted[name]).contiguous()
+        if folder is not None:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if folder is not None and split.is_sharded:
+        facts = {"total_parameters": saved.model.num_parameters(), **split.metadata}
+        index = {"metadata": facts, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    base = base_causal_lm(student)
-    with torch.device("meta"):
-        whole = type(base)(copy.deepcopy(base.config))
-        whole.generation_config = copy.deepcopy(base.generation_config)
-        twin = get_peft_model(whole, student.peft_config["default"])  # type: ignore[index, arg-type]
-    reshard(student)
-    tensors = {}
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for name, tensor in chain(student.named_parameters(), student.named_buffers()):
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if first:
-            tensors[name] = tensor.detach().cpu()
-    if first:
-        twin.load_state_dict(tensors, strict=False, assign=True)
-        whole.tie_weights()
-    return twin
+
+def split_weights(tensors: dict[str, torch.Tensor], max_shard_size: str) -> StateDictSplit:
+    """Which file gets which tensors.
+
+    Raises:
+        ValueError: no size of a file.
+    """
+    try:
+        return split_torch_state_dict_into_shards(
+            tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise ValueError(f"max_shard_size: expected a size such as 5GB, found {max_shard_size!r}") from error
 
 
 def check_replaceable(folder: Path) -> None:
@@ -128,11 +158,13 @@ def check_replaceable(folder: Path) -> None:
 
 
 class Trained(NamedTuple):
-    """A student out of a checkpoint."""
+    """A student out of a checkpoint, whose weights are still there."""
 
-    model: torch.nn.Module  # a causal LM, in a peft wrapper or not
+    saved: SavedModel  # of a model on the meta device
+    weights: Weights
     name: str  # folder or hub name that training began with
     step: int
+    note: str  # why more of it than a few weights must be in memory; empty where it need not
     kwargs: dict[str, str]  # which of its files were read: `gguf_file`, `revision`, …
 
 
@@ -144,8 +176,9 @@ def _which_files(hparams: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(given[name]) for name in ("gguf_file", "revision", "subfolder", "variant") if name in given}
 
 
-def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_code: bool = False) -> Trained:
-    """The student of a checkpoint of any module of this kit, built from its hyper-parameters. No teacher is loaded.
+def open_student(ckpt: str | Path, student: str | None = None, *, trust_remote_code: bool = False) -> Trained:
+    """The student of a checkpoint of any module of this kit, its adapters merged, without its weights: `write_folder`
+    reads them a few at a time. No teacher is loaded.
 
     Args:
         ckpt: the checkpoint, a file or a sharded folder; read as tensors and plain values, no code in it runs.
@@ -155,27 +188,38 @@ def load_student(ckpt: str | Path, student: str | None = None, *, trust_remote_c
     Raises:
         ValueError: no such file, no checkpoint of this kit, or weights that do not fit the student.
     """
-    content = read_checkpoint(ckpt, optimizers=False)
-    hparams, state, step = content["hyper_parameters"], content["state_dict"], int(content["global_step"])
-    weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
-    if not weights:
+    trained = CheckpointWeights(ckpt, "student.")
+    hparams = trained.hyper_parameters
+    if not trained.shapes:
         raise ValueError(f"{ckpt}: holds no weights of a student")
     name = student or hparams.get("student")
     if not isinstance(name, str):
         raise ValueError(f"{ckpt}: does not say which model was trained: name it (student)")
-    model: torch.nn.Module = load_causal_lm(
-        name,
-        dtype=hparams.get("dtype") or "auto",
-        trust_remote_code=trust_remote_code,
-        model_kwargs=(kwargs := {} if student else _which_files(hparams)),
-    )
+    kwargs = {} if student else _which_files(hparams)
+    load = partial(load_causal_lm, name, dtype=hparams.get("dtype") or "auto", trust_remote_code=trust_remote_code)
+    base = load(model_kwargs={**kwargs, "device_map": "meta"})
+    twin: torch.nn.Module = base
     if hparams.get("lora"):
-        model = add_lora(model, LoRA(**dict(hparams["lora"])))  # type: ignore[arg-type]
-    own = model.state_dict()
-    needed = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    wrong = sorted(weights.keys() - own.keys()) or sorted(needed - weights.keys())
-    wrong = wrong or [key for key, value in weights.items() if own[key].shape != value.shape]
+        with torch.device("meta"):
+            twin = add_lora(copy.deepcopy(base), LoRA(**dict(hparams["lora"])))
+    own = {key: tuple(tensor.shape) for key, tensor in twin.state_dict().items()}
+    needed = {key for key, parameter in twin.named_parameters() if parameter.requires_grad}
+    wrong = sorted(trained.shapes.keys() - own.keys()) or sorted(needed - trained.shapes.keys())
+    wrong = wrong or [key for key, shape in trained.shapes.items() if own[key] != shape]
     if wrong:
         raise ValueError(f"{ckpt}: does not fit the student {name!r}, first at {wrong[0]}")
-    model.load_state_dict(weights, strict=False)
-    return Trained(model, name, step, kwargs)
+    if twin is base:
+        return Trained(saved := SavedModel(base), trained, name, trained.step, _note(saved), kwargs)
+    saved = SavedModel(merged_twin(twin))
+    merged = MergedAdapters(twin, trained)
+    try:
+        if kwargs:
+            raise ValueError(f"it is read by {', '.join(kwargs)}")
+        merged.base, note = BaseFiles(name, saved, merged), _note(saved)
+    except ValueError as error:
+        merged.base, note = ModelWeights(load(model_kwargs=kwargs)), f"the base model is read as a whole: {error}"
+    return Trained(saved, merged, name, trained.step, note, kwargs)
+
+
+def _note(saved: SavedModel) -> str:
+    return f"{type(saved.model).__name__} is turned into the form of its files as a whole" if saved.whole else ""

@@ -3,6 +3,7 @@
 import io
 import pickle
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,70 @@ def check_sharded(folder: str | Path) -> Metadata:
     return metadata
 
 
-def read_sharded(folder: str | Path, *, optimizers: bool = True) -> dict[str, Any]:
-    """A checkpoint folder as one checkpoint, as a single process would have written it.
+class _Reader(dcp.FileSystemReader):
+    """Goes by a description that was checked: torch would unpickle it again, without a look."""
 
-    It is read into this process's memory, the optimizers' states (twice the weights) only where they are asked for.
+    def __init__(self, folder: str | Path, description: Metadata) -> None:
+        super().__init__(folder)
+        self._description = description
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self._description
+
+
+def _load(flat: dict[str, Any], folder: str | Path, description: Metadata) -> dict[str, Any]:
+    """Read the values of these names; tensors into those that are there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what was asked for
+        try:
+            dcp.load(flat, storage_reader=_Reader(folder, description), planner=dcp.DefaultLoadPlanner(), no_dist=True)
+        except (*_BROKEN, dcp.CheckpointException) as error:  # torch's own is no Exception
+            raise ValueError(f"{folder}: {next(iter(flat), 'it')} cannot be read ({type(error).__name__})") from error
+    return flat
+
+
+class ShardedTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a model in a checkpoint folder, each read when it is asked for.
+
+    Raises:
+        ValueError: see `check_sharded`; or a shard is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self._description = Path(folder), check_sharded(folder)
+        self._stored: dict[str, str] = {}  # a tensor's name -> its name in the description
+        for name, (kind, *rest) in self._description.planner_data.items():
+            if kind == "state_dict" and isinstance(self._of(name), TensorStorageMetadata):
+                self._stored[".".join(map(str, rest))] = name
+        self.shapes = {name: tuple(self._of(stored).size) for name, stored in self._stored.items()}
+
+    def _of(self, name: str) -> Any:
+        return self._description.state_dict_metadata[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        tensor = torch.empty(self.shapes[name], dtype=self._of(stored).properties.dtype)
+        return _load({stored: tensor}, self.folder, self._description)[stored]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def open_sharded(folder: str | Path) -> dict[str, Any]:
+    """A checkpoint folder as one checkpoint without optimizers, whose weights (`ShardedTensors`) are not yet read.
+
+    Raises:
+        ValueError: see `check_sharded`.
+    """
+    tensors = ShardedTensors(folder)
+    return torch.load(Path(folder) / _EXTRA, map_location="cpu", weights_only=True) | {"state_dict": tensors}
+
+
+def read_sharded(folder: str | Path) -> dict[str, Any]:
+    """A checkpoint folder as one checkpoint, as a single process would have written it, in this process's memory.
 
     Raises:
         ValueError: see `check_sharded`.
@@ -82,16 +143,11 @@ def read_sharded(folder: str | Path, *, optimizers: bool = True) -> dict[str, An
     metadata = check_sharded(folder)
     flat: dict[str, Any] = {}
     for name, stored in metadata.state_dict_metadata.items():
-        if not optimizers and metadata.planner_data[name][0] != "state_dict":
-            continue
         flat[name] = None
         if isinstance(stored, TensorStorageMetadata):
             flat[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what was asked for
-        dcp.load(flat, storage_reader=dcp.FileSystemReader(folder), planner=dcp.DefaultLoadPlanner(), no_dist=True)
     content: dict[Any, Any] = {}
-    for name, value in flat.items():
+    for name, value in _load(flat, folder, metadata).items():
         *parents, last = metadata.planner_data[name]
         place = content
         for key in parents:
@@ -99,8 +155,6 @@ def read_sharded(folder: str | Path, *, optimizers: bool = True) -> dict[str, An
         place[last] = value
     checkpoint = torch.load(Path(folder) / _EXTRA, map_location="cpu", weights_only=True)
     checkpoint["state_dict"] = content.pop("state_dict")
-    if not optimizers:
-        return checkpoint
     checkpoint["optimizer_states"] = [_numbered(content[f"optimizer_{number}"]) for number in range(len(content))]
     return checkpoint
 

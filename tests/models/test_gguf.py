@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from lightning_itk import KDModule, SFTModule, gguf
 from lightning_itk.hub import load_config, load_tokenizer
 from lightning_itk.methods.teacher import Teacher
-from lightning_itk.models.export import export, load_student
+from lightning_itk.models.export import export, open_student, write_folder
 from lightning_itk.models.loading import load_causal_lm
 
 
@@ -67,10 +67,12 @@ def test_a_checkpoint_says_which_file_was_read_and_nothing_else(folder, tmp_path
     hparams = {**module.hparams, "student_kwargs": {"gguf_file": "other.gguf", "weights_only": False, "nonsense": 1}}
     state = {f"student.{name}": weight for name, weight in module.student.state_dict().items()}
     torch.save({"hyper_parameters": hparams, "state_dict": state, "global_step": 3}, tmp_path / "last.ckpt")
-    trained = load_student(tmp_path / "last.ckpt")
+    trained = open_student(tmp_path / "last.ckpt")
     assert trained.kwargs == {"gguf_file": "other.gguf"}
-    assert all(a.equal(b) for a, b in zip(trained.model.parameters(), module.student.parameters(), strict=True))
-    assert load_student(tmp_path / "last.ckpt", str(folder / "other.gguf")).kwargs == {}
+    write_folder(trained.saved, trained.weights, module.tokenizer, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(a.equal(b) for a, b in zip(exported.parameters(), module.student.parameters(), strict=True))
+    assert open_student(tmp_path / "last.ckpt", str(folder / "other.gguf")).kwargs == {}
 
 
 def test_what_cannot_be_meant(tmp_path):
