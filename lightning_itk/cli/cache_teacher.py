@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 from transformers import AutoConfig
 
@@ -20,6 +21,7 @@ from lightning_itk.methods.teacher import Teacher
 from lightning_itk.methods.teacher_run import TeacherRun
 from lightning_itk.models.loading import load_causal_lm
 from lightning_itk.models.pruning import original_layers
+from lightning_itk.models.sharded_loading import deferred_loading
 
 
 class TeacherCLI(InstructionCLI):
@@ -114,7 +116,8 @@ def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
     tokenizer = load_tokenizer(init.student, trust_remote_code=trust)
     kwargs = init.get("teacher_kwargs")
     kwargs = kwargs.as_dict() if isinstance(kwargs, Namespace) else kwargs
-    teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", trust_remote_code=trust, model_kwargs=kwargs)
+    with deferred_loading(isinstance(cli.trainer.strategy, ModelParallelStrategy)):
+        teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", trust_remote_code=trust, model_kwargs=kwargs)
     teacher.check_tokenizer(tokenizer)
     run = TeacherRun(
         teacher,

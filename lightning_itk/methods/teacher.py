@@ -17,6 +17,7 @@ from lightning_itk.losses.topk import TopK
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 from lightning_itk.models.hidden import check_head, hidden_states
 from lightning_itk.models.loading import DType, load_causal_lm
+from lightning_itk.models.sharded_loading import is_deferred
 
 
 class TeacherOutput(NamedTuple):
@@ -115,7 +116,8 @@ class Teacher(nn.Module):
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         self._tap: AttentionTap | None = None
         self._watched: tuple[int, ...] = ()
-        check_head(self.model)
+        if not is_deferred(self.model):
+            check_head(self.model)
         keep_out_of_checkpoints(self)
 
     def train(self, mode: bool = True) -> "Teacher":
