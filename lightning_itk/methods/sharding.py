@@ -28,7 +28,7 @@ class ShardingModule(L.LightningModule):
         mesh = None if self.device_mesh is None else _data_parallel(self.device_mesh)
         for model in self.models():
             if mesh is not None and not isinstance(model, FSDPModule):
-                _shard(model, mesh, str(self.trainer.precision))
+                shard(model, mesh, str(self.trainer.precision))
             if read_weights(model, mesh):
                 self._unproven += (model,)
 
@@ -69,7 +69,12 @@ def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["data_parallel"]
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
+    """Shard a causal LM over the ranks of a mesh with one dimension, by layers (FSDP2).
+
+    Args:
+        precision: Lightning's name of it.
+    """
     how: dict[str, Any] = {"mesh": mesh}
     if half := {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision):
         # What autocast would do after the weights have travelled in twice the bytes. Its inputs stay: rotary
