@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 
 from lightning_itk.hub import first_line
 
@@ -136,7 +137,8 @@ def read_weights(model: nn.Module, mesh: DeviceMesh | None) -> bool:
         return False
     twin, wrong = None, None
     try:
-        twin = deferred.twin(mesh)
+        with local_torch_dtype(torch.float32):  # Lightning has set another for precision bf16-true
+            twin = deferred.twin(mesh)
     except LOADING_ERRORS as error:
         wrong = f"model {deferred.name!r} cannot be loaded: {first_line(error)}"
     if mesh is not None and mesh.size() > 1:  # a rank that stops alone leaves the others waiting
