@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import Halves
 from tiny import QUIET, byte_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_itk.callbacks import HFExport
@@ -92,6 +93,9 @@ def read(cases: list[tuple[str, str]], folder: Path) -> None:
         label = f"{number} {whole.config.model_type}"
         wrong[label] = [] if late else ["not deferred"]
         wrong[label] += [key for key, p in rows.named_parameters() if not isinstance(p, DTensor)]
+        tied = rows.get_input_embeddings().weight is rows.get_output_embeddings().weight
+        if isinstance(rows.get_input_embeddings(), FSDPModule) == tied:
+            wrong[label].append("units")
         rows.requires_grad_(False)
         found = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in tensors(rows)}
         expected = dict(tensors(whole))

@@ -83,7 +83,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         fully_shard(layer, **how)
     if (embeddings := _own_embeddings(model)) is not None:
-        fully_shard(embeddings, **how)  # else they stay gathered from the first layer's forward to its backward
+        # Else they stay gathered from the first layer's forward to its backward. The head does so in any case: losses
+        # read its weight after the forward pass.
+        fully_shard(embeddings, **how)
     fully_shard(model, **how)
 
 
