@@ -8,10 +8,11 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -25,10 +26,7 @@ from lightning_itk.hub import first_line
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 _ATTRIBUTE = "_itk_deferred"
-_MERGES = {
-    "MergeModulelist": {0},
-    "Concatenate": {1, 2},
-}  # operations, and their dims, that leave an expert's rows whole
+_MERGES = {"MergeModulelist": {0}, "Concatenate": {1, 2}}  # operations, by dim, that keep an expert in one piece
 _deferred: ContextVar[bool] = ContextVar("deferred", default=False)
 
 
@@ -113,9 +111,10 @@ def defer(auto: Any, name: str, loading: dict[str, Any]) -> PreTrainedModel | No
                 raise _Obstacle(f"{argument} says where it goes")
         with _replaced(_load_pretrained_model=look, _finalize_model_loading=finish):
             model = auto.from_pretrained(name, **loading)
-    except _Obstacle as obstacle:
-        if str(obstacle):
-            rank_zero_info(f"model {name!r} is read whole by every rank: {obstacle}")
+    except (_Obstacle, AttributeError, TypeError, ImportError) as error:
+        reason = str(error) if isinstance(error, _Obstacle) else f"transformers {transformers.__version__} is unknown"
+        if reason:
+            rank_zero_info(f"model {name!r} is read whole by every rank: {reason}")
         return None
     deferred = Deferred(auto, name, loading, model)
     deferred.experts = experts
@@ -162,7 +161,8 @@ def real_adapters(model: nn.Module, trained: Collection[str]) -> Iterator[None]:
     """
     kept = []
     for path, module in model.named_modules():
-        if not path.endswith(tuple(trained)):
+        within = accumulate(path.split("."), "{}.{}".format)
+        if not any(outer.endswith(tuple(trained)) for outer in within):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
                     kept.append((module, name, parameter))
@@ -226,7 +226,12 @@ def _check(model: PreTrainedModel, state: Any, files: Any, config: Any) -> int:
     Returns:
         The number of experts that are merged while they are read; 0 where none are.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (  # the first cuts what is read: without it none of this is right
+        DtensorShardOperation,  # noqa: F401
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
 
     if model.is_custom_code():
         raise _Obstacle("its code comes with it")

@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+import transformers
 from exact import batches
 from safetensors.torch import load_file, save_file
 from tiny import QUIET, tiny_model
@@ -23,7 +24,7 @@ def fit(module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.student.parameters()])
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(r=2, modules_to_save=["lm_head"])])
+@pytest.mark.parametrize("lora", [None, LoRA(r=2, modules_to_save=["lm_head", "layers.1"])])
 def test_a_strategy_that_does_not_shard_reads_everything(lora, model_folder):
     found = []
     for later in (False, True):
@@ -58,6 +59,9 @@ def test_what_cannot_be_read_by_rows_says_why(tmp_path, model_folder, caplog, mo
     assert reason(llama, model_kwargs={"device_map": "cpu"}) == "device_map says where it goes"
     monkeypatch.setattr(sharded_loading, "_MERGES", {})
     assert reason(model_folder("mixtral")).startswith("transformers converts its weights (MergeModulelist, at model.")
+    with monkeypatch.context() as older:
+        older.delattr("transformers.core_model_loading.DtensorShardOperation")
+        assert reason(llama) == f"transformers {transformers.__version__} is unknown"
     monkeypatch.setattr(PreTrainedModel, "is_custom_code", classmethod(lambda cls: True))
     assert reason(llama) == "its code comes with it"
 
