@@ -69,9 +69,10 @@ def fit(
     ckpt: Path | None = None,
     method: str = "sft",
     dropout: float = 0.0,
+    rows_only: bool = False,
 ) -> None:
     """Two epochs in steps of 8 rows, (batch size, accumulation) = `rows`; a checkpoint after every step in the folder
-    `name`, and the final weights in `name`.pt."""
+    `name`, and the final weights in `name`.pt. KD's models are read by `rows_only`, or were made in memory."""
     L.seed_everything(0)
     options = {"tokenizer": byte_tokenizer(), "max_length": 96, "batch_size": rows[0], "num_proc": 1, "validation": 0}
     datamodule = InstructionDataModule(data, cache_dir=str(folder / "cache"), **options)
@@ -91,7 +92,14 @@ def fit(
     elif method == "sft":
         model = SFTModule(student, **common)
     else:
-        model = KDModule(student, tiny_model("llama", 1, tie_word_embeddings=True), **common)
+        models = [student, tiny_model("llama", 1, tie_word_embeddings=True)]
+        if rows_only:
+            own = folder / name / str(trainer.global_rank)
+            for place, loaded in zip(("student", "teacher"), models, strict=True):
+                loaded.save_pretrained(own / place)
+                byte_tokenizer().save_pretrained(own / place)
+            models = [str(own / "student"), str(own / "teacher")]
+        model = KDModule(*models, sharded_loading=rows_only, **common)
     trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt, weights_only=True)
     weights = (p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.student.parameters())
     weights = torch.cat([weight.flatten() for weight in weights])

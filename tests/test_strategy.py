@@ -21,7 +21,7 @@ def test_a_window_reduces_its_gradients_once(method, precision, nonfinite, tmp_p
     run_ranks(functools.partial(ranks.reductions, method, precision, nonfinite, tmp_path))
     found = torch.load(tmp_path / "found.pt")
     units = found[True]["steps"][-1]  # of the window of one micro-batch: one reduction for each unit of FSDP2
-    assert units == 3  # two layers, and the rest
+    assert units == 4  # the embeddings, two layers, and the rest
     assert found[True]["steps"] == [3 * units, 3 * units, units]
     assert found[False]["steps"] == [units, units, units]
     before = torch.cat([p.detach().flatten() for p in module(method).student.parameters()])

@@ -87,6 +87,7 @@ class AttentionTap:
         if found is None or found.config.is_encoder_decoder:
             raise ValueError(f"attention capture needs a decoder-only transformers model, found {type(model).__name__}")
         self.model: PreTrainedModel = found
+        self._outermost = model  # whom FSDP2 wants to be called
         self.num_layers: int = found.config.get_text_config().num_hidden_layers
         self.attention: str = (found.config._attn_implementation or "eager").removeprefix("itk_")
         self.heads: dict[int, int] = {}
@@ -215,7 +216,7 @@ class AttentionTap:
         self._capture = Capture(layers, lambda layer, attention: None, check=check)
         try:
             with torch.no_grad():
-                self.model(input_ids=tokens.expand(positions.shape), position_ids=positions, use_cache=False)
+                self._outermost(input_ids=tokens.expand(positions.shape), position_ids=positions, use_cache=False)
         finally:
             self._capture = None
             for module in training:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 
 from lightning_itk.attention.capture import layer_map
@@ -19,6 +20,7 @@ from lightning_itk.methods.teacher import Teacher
 from lightning_itk.methods.teacher_run import TeacherRun
 from lightning_itk.models.loading import load_causal_lm
 from lightning_itk.models.pruning import original_layers
+from lightning_itk.models.sharded_loading import deferred_loading
 
 
 class TeacherCLI(InstructionCLI):
@@ -113,7 +115,8 @@ def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
     tokenizer = load_tokenizer(init.student, **_student(init))
     loading: dict[str, Any] = {"trust_remote_code": trust, "offload": bool(init.get("teacher_offload"))}
     loading["model_kwargs"] = _plain(init.get("teacher_kwargs"))
-    teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", **loading)
+    with deferred_loading(isinstance(cli.trainer.strategy, ModelParallelStrategy)):
+        teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", **loading)
     teacher.check_tokenizer(tokenizer)
     run = TeacherRun(
         teacher,

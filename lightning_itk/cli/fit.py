@@ -4,6 +4,7 @@ import logging
 from itertools import chain, count
 from pathlib import Path
 from pickle import UnpicklingError
+from pydoc import locate
 from typing import Any, Self
 
 from jsonargparse import Namespace
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.imports import module_available
 
 from lightning_itk.callbacks import ResponseWriter, RunCard
@@ -18,6 +20,7 @@ from lightning_itk.data.module import InstructionDataModule
 from lightning_itk.methods.module import InstructionModule
 from lightning_itk.models.checkpoint import read_checkpoint
 from lightning_itk.models.sharded import check_sharded, is_sharded
+from lightning_itk.models.sharded_loading import deferred_loading
 from lightning_itk.trainer import log_folder
 
 
@@ -108,6 +111,11 @@ class InstructionCLI(LightningCLI):
                 "model has no class_path, expected lightning_itk.SFTModule, lightning_itk.KDModule, "
                 "lightning_itk.DAEModule or a subclass of yours"
             )
+
+    def instantiate_classes(self) -> None:
+        kind = locate(self._get(self.config, "trainer.strategy.class_path") or "")
+        with deferred_loading(isinstance(kind, type) and issubclass(kind, ModelParallelStrategy)):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self._get(self.config_init, "trainer.logger") in (None, True):

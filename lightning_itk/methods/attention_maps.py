@@ -14,7 +14,7 @@ from lightning_itk.attention.kl import layer_attention_kl
 from lightning_itk.attention.layer import LayerAttention, Masks
 from lightning_itk.batch import IGNORE_INDEX, Batch, cu_seqlens, is_packed, next_token_labels, real_tokens
 from lightning_itk.losses.implementation import Impl, resolve_impl
-from lightning_itk.methods.cached_teacher import AnyTeacher
+from lightning_itk.methods.cached_teacher import AnyTeacher, StoredHeads
 from lightning_itk.methods.teacher import SoftTargets
 from lightning_itk.models.pruning import original_layers
 
@@ -59,6 +59,7 @@ class AttentionDistiller:
         self.loss, self.impl = loss, impl
         self.student: AttentionTap = install(student)
         self.layers: dict[str, dict[int, int]] = {}
+        self._taps: dict[str, AttentionTap | StoredHeads] = {}
         self.head_dim = 0
         for name, teacher in teachers.items():
             depth = teacher.num_layers
@@ -70,8 +71,20 @@ class AttentionDistiller:
             original = original_layers(self.student.model.config, depth)
             pairs = layer_map(self.student.num_layers, depth, loss.layers, original)
             self.layers[name] = pairs
-            tap = teacher.watch(sorted(set(pairs.values())))
-            for mine, theirs in pairs.items():
+            self._taps[name] = teacher.watch(sorted(set(pairs.values())))
+        self._compare_heads()
+
+    def prove(self) -> None:
+        """Try models out whose weights came after this was made."""
+        self.student.probe()
+        for name, tap in self._taps.items():
+            if isinstance(tap, AttentionTap):
+                tap.probe(set(self.layers[name].values()))
+        self._compare_heads()
+
+    def _compare_heads(self) -> None:
+        for name, tap in self._taps.items():
+            for mine, theirs in self.layers[name].items():
                 self._check_heads(name, self.student.heads.get(mine), tap.heads.get(theirs))
                 dims = self.student.head_dims.get(mine, 0), tap.head_dims.get(theirs, 0)
                 self.head_dim = max(self.head_dim, *dims)

@@ -24,6 +24,7 @@ from lightning_itk.methods.teacher import SoftTargets, Teacher
 from lightning_itk.models.hidden import HiddenStates
 from lightning_itk.models.loading import DType
 from lightning_itk.models.offload import leave_to_host
+from lightning_itk.models.sharded_loading import deferred_loading
 from lightning_itk.trainer import datamodule
 
 
@@ -104,7 +105,8 @@ class DistillationModule(InstructionModule):
             loaded: AnyTeacher = CachedTeacher(teacher)
         elif isinstance(teacher, str | PreTrainedModel):
             loading = {"trust_remote_code": self.hparams["trust_remote_code"], **self._teacher_options}
-            loaded = Teacher(teacher, **loading)
+            with deferred_loading(self._sharded_loading):
+                loaded = Teacher(teacher, **loading)
         else:
             loaded = teacher
         if isinstance(loaded, CachedTeacher):
@@ -142,6 +144,10 @@ class DistillationModule(InstructionModule):
         for teacher in self.teachers.values():
             if isinstance(teacher, Teacher):
                 yield teacher.model
+
+    def check_models(self) -> None:
+        if self._distiller is not None:
+            self._distiller.prove()
 
     def teaches(self, name: str, tag: str) -> bool:
         """Whether samples with this tag are the teacher's."""

@@ -4,14 +4,12 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, cast
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_itk.batch import (
     Batch,
@@ -36,17 +34,18 @@ from lightning_itk.methods.resume import ResumePoint
 from lightning_itk.methods.rounding import stuck_warning
 from lightning_itk.methods.router import RouterLoss
 from lightning_itk.methods.schedule import schedule
+from lightning_itk.methods.sharding import ShardingModule
 from lightning_itk.methods.step import ForwardPass, Term, TokenFigure, on_a_pass, weighted_sum
 from lightning_itk.models.checkpoint import plain_hparams
 from lightning_itk.models.generation import Generator
 from lightning_itk.models.hidden import HiddenStates, base_causal_lm, check_head, check_packing, hidden_states
 from lightning_itk.models.loading import DType, LoRA, check_student_kwargs, load_causal_lm, make_trainable
-from lightning_itk.models.offload import host_policy
+from lightning_itk.models.sharded_loading import deferred_loading, is_deferred
 from lightning_itk.models.storage import use_whole_checkpoints
 from lightning_itk.trainer import datamodule, replica
 
 
-class InstructionModule(L.LightningModule):
+class InstructionModule(ShardingModule):
     """Train a causal language model on instruction data; the base of SFTModule, KDModule and DAEModule.
 
     A subclass implements `losses(batch)`; its batch is a `ForwardPass`, so all that it calls shares one run of the
@@ -76,6 +75,8 @@ class InstructionModule(L.LightningModule):
         max_scratch_bytes: Bound on the logits that a token loss holds at a time and what it makes of them; null = 2 GiB
             in Triton, 1.5 GiB (on a CPU 200 MiB) in torch. Less memory means more and smaller steps through the tokens.
         trust_remote_code: Run code that comes with the model.
+        sharded_loading: Read weights when the strategy is known, under FSDP2 only the rows of each rank; until then
+            the models have none. null = in lightning-itk where the strategy is ModelParallelStrategy.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class InstructionModule(L.LightningModule):
         impl: Impl = "auto",
         max_scratch_bytes: int | None = None,
         trust_remote_code: bool = False,
+        sharded_loading: bool | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="sharded_loading")
         if warmup < 0:
             raise ValueError(f"warmup must not be negative, got {warmup}")
         check_scratch(max_scratch_bytes)
@@ -107,17 +109,20 @@ class InstructionModule(L.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.impl: Impl = impl
         self.max_scratch_bytes = max_scratch_bytes
-        self._trust_remote_code, self._student_kwargs = trust_remote_code, check_student_kwargs(student_kwargs)
+        self._trust_remote_code, self._sharded_loading = trust_remote_code, sharded_loading
+        self._student_kwargs = check_student_kwargs(student_kwargs)
         self.student_name = student if isinstance(student, str) else str(student.config.name_or_path)
         if isinstance(student, str):
-            student = load_causal_lm(
-                student,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                model_kwargs=student_kwargs,
-            )
-        check_head(student)
+            with deferred_loading(sharded_loading):
+                student = load_causal_lm(
+                    student,
+                    dtype=dtype,
+                    attn_implementation=attn_implementation,
+                    trust_remote_code=trust_remote_code,
+                    model_kwargs=student_kwargs,
+                )
+        if not is_deferred(student):
+            check_head(student)
         self._router = RouterLoss(student, router_weight)
         model = make_trainable(student, lora, gradient_checkpointing=gradient_checkpointing, compile=compile)
         self.student = model.train()  # from_pretrained leaves a model in eval mode
@@ -254,29 +259,8 @@ class InstructionModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         use_whole_checkpoints(self.trainer.strategy)
 
-    def configure_model(self) -> None:
-        if self.device_mesh is None:
-            return
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
-        if (size := self.device_mesh["tensor_parallel"].size()) > 1:
-            raise ValueError(
-                f"tensor_parallel_size is {size}, but no model is split that way here: every rank would hold it whole; "
-                "set tensor_parallel_size: 1 and data_parallel_size to the number of ranks"
-            )
-        how: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
-        if half := {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision)):
-            # What autocast would do after the weights have travelled in twice the bytes. Its inputs stay: rotary
-            # embeddings are fp32.
-            how["mp_policy"] = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
-        for model in self.models():
-            if isinstance(model, FSDPModule):
-                continue
-            for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-                fully_shard(layer, **how, **host_policy(model))
-            fully_shard(model, **how)
-
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if "deepspeed" in type(self.trainer.strategy).__name__.lower():
             raise ValueError(
                 "DeepSpeed hides the gradients that exact token normalisation has to scale; "

@@ -18,6 +18,7 @@ from lightning_itk.models.checkpoint import keep_out_of_checkpoints
 from lightning_itk.models.hidden import check_head, hidden_states
 from lightning_itk.models.loading import DType, load_causal_lm
 from lightning_itk.models.offload import check_one_device, offload_layers
+from lightning_itk.models.sharded_loading import is_deferred
 
 
 class TeacherOutput(NamedTuple):
@@ -122,7 +123,8 @@ class Teacher(nn.Module):
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         self._tap: AttentionTap | None = None
         self._watched: tuple[int, ...] = ()
-        check_head(self.model)
+        if not is_deferred(self.model):
+            check_head(self.model)
         keep_out_of_checkpoints(self)
         if offload:
             offload_layers(self.model)

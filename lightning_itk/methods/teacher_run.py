@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -32,7 +31,7 @@ from lightning_itk.cached.shards import index_hash, is_by_token, opened, read_id
 from lightning_itk.losses.chunked import Head
 from lightning_itk.losses.divergence import Divergence
 from lightning_itk.losses.topk import TopK, TopKGap, top_k, topk_gap
-from lightning_itk.methods.module import InstructionModule
+from lightning_itk.methods.sharding import ShardingModule
 from lightning_itk.methods.teacher import Teacher, TeacherOutput
 from lightning_itk.models.hidden import check_packing, hidden_states
 from lightning_itk.models.loading import weights_hash
@@ -65,7 +64,7 @@ class GapRows(NamedTuple):
         return topk_gap(states, own_head, teacher, head, best, targets, how)
 
 
-class TeacherRun(L.LightningModule):
+class TeacherRun(ShardingModule):
     """Run a teacher over a `SinglePass` with `Trainer.predict` and write what it answers to a folder, then `finish`.
 
     A run that was killed goes on at the shard where it stopped, and writes the same bytes as an unbroken one, on any
@@ -107,8 +106,7 @@ class TeacherRun(L.LightningModule):
         self.k, self.temperature, self._tokenizer, self.overwrite = k, temperature, tokenizer, overwrite
         self.complete = False
         self.gap_rows: GapRows | None = None
-        if self.layers:
-            teacher.watch(self.layers)
+        self._tap = teacher.watch(self.layers) if self.layers else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -123,9 +121,16 @@ class TeacherRun(L.LightningModule):
         """The `SinglePass` of this run."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def setup(self, stage: str) -> None:
+    def configure_model(self) -> None:
+        super().configure_model()
+        self._look()
+
+    def _look(self) -> None:
         """Look at the folder: is it new, to be continued, or complete? Asked of one rank, so that all agree."""
-        found = self._begun() if self.trainer.is_global_zero else None
+        model, weights = self.teacher.model, ""
+        if self.trainer.is_global_zero or any(isinstance(weight, DTensor) for weight in model.parameters()):
+            weights = weights_hash(model, self.teacher.name)
+        found = self._begun(weights) if self.trainer.is_global_zero else None
         wrong, complete, done = self.trainer.strategy.broadcast(found)  # type: ignore[misc]
         if wrong is not None:
             raise ValueError(wrong)
@@ -134,11 +139,11 @@ class TeacherRun(L.LightningModule):
         self._piece = np.repeat(np.arange(len(self.data.pieces)), list(map(len, self.data.pieces)))
         self._pending: dict[int, dict[int, dict[str, Tensor]]] = defaultdict(dict)
 
-    def _begun(self) -> tuple[str | None, bool, set[int]]:
+    def _begun(self, weights: str) -> tuple[str | None, bool, set[int]]:
         settings: dict[str, Any] = {"mode": self.mode, "layers": self.layers, "precision": str(self.trainer.precision)}
         if self.mode == "topk":
             settings |= {"k": self.k, "temperature": self.temperature}
-        settings |= {"weights": weights_hash(self.teacher.model, self.teacher.name), **self.data.settings}
+        settings |= {"weights": weights, **self.data.settings}
         try:
             complete = begin(self.folder, settings, self.overwrite)
             pieces = enumerate(self.data.pieces)
@@ -153,14 +158,16 @@ class TeacherRun(L.LightningModule):
     def _names(self, members: np.ndarray) -> list[bytes]:
         return [name.ljust(16, b"\0") for name in self.data.identities[members].tolist()]
 
-    def configure_model(self) -> None:
-        InstructionModule.configure_model(self)  # type: ignore[arg-type]
+    def check_models(self) -> None:
+        if self._tap is not None:
+            self._tap.probe(self.layers)
 
     def models(self) -> Iterable[torch.nn.Module]:
         """What FSDP2 shards."""
         yield self.teacher.model
 
     def on_predict_start(self) -> None:
+        super().on_predict_start()
         if self.data.data.packing:
             check_packing(self.teacher.model)
         probe = on_device(pad([Sample(np.arange(1, 5), np.arange(1, 5), 0)], pad_id=0), self.device)

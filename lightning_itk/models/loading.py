@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_itk.gguf import DAMAGED, located, make_plain, whole_weights
 from lightning_itk.hub import check_folder, first_line, reason
 from lightning_itk.models.checkpoint import keep_out_of_checkpoints
+from lightning_itk.models.sharded_loading import LOADING_ERRORS, defer, real_adapters
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -52,7 +54,8 @@ def load_model(
     trust_remote_code: bool = False,
     model_kwargs: dict | None = None,
 ) -> PreTrainedModel:
-    """`from_pretrained` of an auto class of transformers, with missing weights as an error.
+    """`from_pretrained` of an auto class of transformers, with missing weights as an error. Within `deferred_loading`
+    the weights come later, where they can be read by rows.
 
     Args:
         auto: AutoModelForCausalLM, AutoModelForSequenceClassification, …
@@ -70,16 +73,19 @@ def load_model(
     where = located(name, given.pop("gguf_file", None))
     if packed := "gguf_file" in where:
         given = {**whole_weights(), **given}
+    path = where.pop("pretrained_model_name_or_path")
+    loading = {
+        **where,
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        **given,
+    }
     try:
-        loaded = auto.from_pretrained(
-            **where,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **given,
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, *DAMAGED) as error:
+        if (deferred := defer(auto, path, loading)) is not None:
+            return deferred
+        loaded = auto.from_pretrained(path, output_loading_info=True, **loading)
+    except (*LOADING_ERRORS, *DAMAGED) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {reason(error)}") from error
     model, info = cast(tuple[PreTrainedModel, dict], loaded)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -105,7 +111,10 @@ def check_student_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any] | None
 
 
 def weights_hash(model: PreTrainedModel, name: str) -> str:
-    """A hash of a model's weights and buffers; of the files in the folder `name` where some are not in memory."""
+    """A hash of a model's weights and buffers; of the files in the folder `name` where some are not in memory.
+
+    Sharded weights are gathered one after the other, on all ranks at once; their hash is that of whole ones.
+    """
     found = hashlib.blake2b(digest_size=16)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -115,6 +124,7 @@ def weights_hash(model: PreTrainedModel, name: str) -> str:
                 found.update(hashlib.file_digest(file, "blake2b").digest())
         return found.hexdigest()
     for key, tensor in sorted(tensors.items()):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
@@ -135,7 +145,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> torch.nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        with real_adapters(model, lora.modules_to_save):
+            return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"LoRA cannot be added to {type(model).__name__}: {first_line(error)}") from error
 

@@ -12,6 +12,7 @@ from processes import run_ranks
 
 from lightning_itk import cli
 from lightning_itk.cached.manifest import Manifest
+from lightning_itk.methods import sharding
 
 QUIET = {"accelerator": "cpu", "max_steps": 2, "enable_progress_bar": False, "limit_val_batches": 0, "devices": 1}
 
@@ -137,6 +138,28 @@ def test_two_ranks_of_the_command_write_the_bytes_of_one(config, tmp_path):
     assert cli.main(cache(file)) == 0
     run_ranks(_main, cache(file, "--output", "two", "--trainer.strategy", "ddp", "--trainer.devices", "2"), tmp_path)
     assert hashes(tmp_path / "two") == hashes(tmp_path / "cached")
+
+
+@pytest.mark.process
+def test_two_ranks_of_fsdp2_read_their_own_rows(config, tmp_path):
+    """The folder is the one of a whole teacher, its hash too; `fit` reads student and teacher in the same way."""
+    file = config(attention={"weight": 0.5, "layers": {0: 1, 1: 3}})
+    assert cli.main(cache(file, "--attention", "true")) == 0
+    kind = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    kind["init_args"] = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    sharded = ["--trainer.strategy", json.dumps(kind), "--trainer.devices", "2"]
+    commands = [cache(file, "--attention", "true", "--output", "two", *sharded), ["fit", "--config", file, *sharded]]
+    run_ranks(_counted, commands, tmp_path)
+    assert Manifest.read("two").settings == Manifest.read("cached").settings
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "cached")
+
+
+def _counted(commands: list[list[str]], folder: Path) -> None:
+    os.chdir(folder)
+    read, own = [], sharding.read_weights
+    sharding.read_weights = lambda *args: read.append(own(*args)) or read[-1]
+    assert [cli.main(command) for command in commands] == [0, 0]
+    assert read == [True, True, True]
 
 
 def _main(args: list[str], folder: Path) -> None:
