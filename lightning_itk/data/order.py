@@ -1,6 +1,7 @@
 """Samples in the order of a key, in little more memory than their numbers take."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -8,9 +9,25 @@ _BLOCK = 1 << 18  # samples that are looked at together
 _MOST_LENGTHS = 1 << 24  # beyond these nothing is gained by counting
 
 
+def kind(count: int) -> type[np.signedinteger[Any]]:
+    """The shortest type that counts so many samples: a plan of an epoch holds a number for every one."""
+    return np.int32 if count <= np.iinfo(np.int32).max else np.int64
+
+
 def numbers(count: int) -> np.ndarray:
-    """0, 1, … in as few bytes as that takes: a plan of an epoch holds one for every sample."""
-    return np.arange(count, dtype=np.int32 if count <= np.iinfo(np.int32).max else np.int64)
+    """0, 1, … up to a count of samples."""
+    return np.arange(count, dtype=kind(count))
+
+
+def where(mask: np.ndarray) -> np.ndarray:
+    """The numbers of the samples for which a mask [samples] is true."""
+    found = np.empty(np.count_nonzero(mask), kind(len(mask)))
+    end = 0
+    for part in blocks(len(mask)):
+        some = np.flatnonzero(mask[part])
+        found[end : end + len(some)] = some + part.start
+        end += len(some)
+    return found
 
 
 def blocks(count: int) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lightning_itk.data.order import blocks, longest_first, numbers, row_by_row
+from lightning_itk.data.order import blocks, kind, longest_first, numbers, row_by_row
 from lightning_itk.data.records import DataError
 
 
@@ -37,7 +37,7 @@ def best_fit(lengths: np.ndarray, max_length: int, samples: np.ndarray | None = 
     # All samples of a length go at once: the fullest row that has room takes as many as fit, before the next one does.
     open_rows: list[list[np.ndarray]] = [[] for _ in range(max_length + 1)]  # by tokens of room left, the newest last
     rooms = 0  # bit r is set where a row with r tokens of room is open
-    index = np.int32 if len(samples) <= np.iinfo(np.int32).max else np.int64
+    index = kind(len(samples))
     row_of, sizes = np.empty(len(samples), index), np.zeros(len(samples), index)  # zeros take memory when written to
     rows = placed = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
