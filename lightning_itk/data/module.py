@@ -223,7 +223,8 @@ class InstructionDataModule(L.LightningDataModule):
         samples = self._set("train")
         chosen = self._chosen
         weights = [source.weight for source in self.sources["train"]]
-        parts = np.split(chosen, np.searchsorted(chosen, samples.ends[:-1]))
+        ends = samples.ends[:-1].astype(chosen.dtype)  # another type would make a copy of all
+        parts = np.split(chosen, np.searchsorted(chosen, ends))
         mixed = [MixedSource(part, weight) for part, weight in zip(parts, weights, strict=True)]
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         self._train_loader = self._loader(
