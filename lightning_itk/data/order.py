@@ -67,12 +67,12 @@ def row_by_row(samples: np.ndarray, row_of: np.ndarray, starts: np.ndarray) -> n
     Args:
         samples: their numbers [samples].
         row_of: the row of each [samples].
-        starts: where each row is to start [rows].
+        starts: where each row is to start [rows]; they become its ends.
 
     Returns:
         The numbers in a new array [samples].
     """
-    return _grouped(samples, (row_of[part] for part in blocks(len(samples))), starts.copy())
+    return _grouped(samples, (row_of[part] for part in blocks(len(samples))), starts)
 
 
 def _grouped(samples: np.ndarray, keys: Iterator[np.ndarray], free: np.ndarray) -> np.ndarray:

@@ -34,11 +34,22 @@ def best_fit(lengths: np.ndarray, max_length: int, samples: np.ndarray | None = 
     if longest > max_length:
         raise DataError(f"a sample of {longest} tokens does not fit a pack of max_length={max_length}")
     samples = longest_first(samples, lengths)
+    row_of, bounds = _rows(counts)
+    return row_by_row(samples, row_of, bounds[1:]), bounds
+
+
+def _rows(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each sample, from the longest on [samples]; 0, and where each row starts [rows + 1].
+
+    Args:
+        counts: samples of each length, up to that of a row.
+    """
+    max_length = len(counts) - 1
     # All samples of a length go at once: the fullest row that has room takes as many as fit, before the next one does.
     open_rows: list[list[np.ndarray]] = [[] for _ in range(max_length + 1)]  # by tokens of room left, the newest last
     rooms = 0  # bit r is set where a row with r tokens of room is open
-    index = kind(len(samples))
-    row_of, sizes = np.empty(len(samples), index), np.zeros(len(samples), index)  # zeros take memory when written to
+    count = int(counts.sum())
+    row_of, sizes = np.empty(count, kind(count)), np.zeros(count, kind(count))  # zeros take memory when written to
     rows = placed = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
         end = placed + int(counts[length])
@@ -54,7 +65,7 @@ def best_fit(lengths: np.ndarray, max_length: int, samples: np.ndarray | None = 
                 if len(rest):
                     open_rows[room], rooms = [rest[::-1]], rooms | (1 << room)
             else:
-                taken = np.arange(rows, rows + needed, dtype=index)
+                taken = np.arange(rows, rows + needed, dtype=kind(count))
                 rows += needed
             into = np.repeat(taken, each)[: end - placed]
             row_of[placed : placed + len(into)] = into
@@ -66,7 +77,6 @@ def best_fit(lengths: np.ndarray, max_length: int, samples: np.ndarray | None = 
                     sizes[some] += size
                     open_rows[left].append(some)
                     rooms |= 1 << left
-    bounds = np.zeros(rows + 1, index)
-    np.cumsum(sizes[:rows], out=bounds[1:])
-    del open_rows, sizes
-    return row_by_row(samples, row_of, bounds[:-1]), bounds
+    bounds = np.zeros(rows + 1, kind(count))
+    np.cumsum(sizes[: max(rows - 1, 0)], out=bounds[2:])
+    return row_of, bounds
