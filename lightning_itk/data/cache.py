@@ -125,6 +125,11 @@ def tokenize_shard(
     return []
 
 
+def hash_notes(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder of hashes of files that were read before."""
+    return _root(cache_dir) / "hashes"
+
+
 def _root(cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
 
@@ -132,7 +137,7 @@ def _root(cache_dir: str | os.PathLike[str] | None) -> Path:
 def _folder(root: Path, job: Job) -> Path:
     """Where the cache is, named after all that it depends on."""
     source = job.source
-    parts: list[Any] = [FORMAT_VERSION, content_hash(source, root / "hashes")]
+    parts: list[Any] = [FORMAT_VERSION, content_hash(source, hash_notes(root))]
     parts += [source.files()[0].kind if source.is_file else source.split, sorted((source.columns or {}).items())]
     parts += [job.encoder.fingerprint(), job.max_length, job.prompts]
     parts += [job.invalid] if job.invalid != "refuse" else []

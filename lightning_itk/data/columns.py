@@ -34,37 +34,72 @@ def _write_header(file: BinaryIO, dtype: Any, count: int) -> None:
     np.lib.format.write_array_header_1_0(file, about)
 
 
-def map_columns(folder: Path, count: int, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The columns, mapped from their files. Raises OSError, or ValueError where they are not as they were written."""
+def map_columns(folder: Path, count: int | None, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The columns, mapped from their files. Raises OSError, or ValueError where they are not as they were written.
+
+    Args:
+        folder: where they are.
+        count: their samples; None = each is as long as it is.
+        dtypes: what each holds.
+    """
     found = {}
     for name, dtype in dtypes.items():
+        path = folder / f"{name}.npy"
         try:
-            column = np.load(folder / f"{name}.npy", mmap_mode="r") if count else np.empty(0, dtype)
+            column = np.empty(0, dtype) if count == 0 else np.load(path, mmap_mode="r" if _holds(path) else None)
         except OSError:
             raise
         except Exception as error:  # NumPy parses the header as Python, with all that may be wrong with that
             raise ValueError(f"column {name} cannot be read: {error}") from None
         if column.ndim != 1 or column.dtype != dtype:
             raise ValueError(f"column {name} is {column.dtype} {column.shape}, expected {np.dtype(dtype)} [samples]")
-        if len(column) != count:
+        if count is not None and len(column) != count:
             raise ValueError(f"{len(column)} samples, the summary says {count}")
         found[name] = np.asarray(column)
     return found
+
+
+def _holds(path: Path) -> bool:
+    """Whether there is anything behind the header: of nothing no map can be made."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        return np.lib.format.read_array_header_1_0(file)[0] != (0,)
 
 
 def shared_columns(
     folder: Path, count: int, blocks: Callable[[], Iterable[Mapping[str, np.ndarray]]], dtypes: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The columns of a folder, which whoever comes first writes. Raises OSError and ValueError."""
-    if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
-        try:
-            write_columns(partial, blocks(), dtypes)
-            with suppress(OSError):  # another process may have been faster
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    _once(folder, lambda partial: write_columns(partial, blocks(), dtypes))
     return map_columns(folder, count, dtypes)
+
+
+def shared_arrays(
+    folder: Path, make: Callable[[], Mapping[str, np.ndarray]], dtypes: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The same for arrays of any length, each made whole."""
+
+    def write(partial: Path) -> None:
+        made = make()
+        partial.mkdir()
+        for name, dtype in dtypes.items():
+            np.save(partial / f"{name}.npy", made[name].astype(dtype, copy=False))
+
+    _once(folder, write)
+    return map_columns(folder, None, dtypes)
+
+
+def _once(folder: Path, write: Callable[[Path], None]) -> None:
+    """A folder that is there, complete."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
+    try:
+        write(partial)
+        with suppress(OSError):  # another process may have been faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def every(test: Callable[..., Any], *columns: np.ndarray) -> bool:

@@ -41,6 +41,11 @@ def content_hash(source: Source, notes: Path | None = None) -> str:
     return _hash(json.dumps([[file.kind, found] for file, found in zip(files, hashes, strict=True)]).encode())
 
 
+def local_hash(path: str, notes: Path | None = None) -> str:
+    """The same of any file of this machine. Raises DataError."""
+    return _file_hash(DataFile(str(Path(path).absolute()), Path(path).name), notes)
+
+
 def _file_hash(file: DataFile, notes: Path | None) -> str:
     if file.file_system is not None and (known := _checksum(file)):
         return _hash(json.dumps([file.size, known]).encode())

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_itk.batch import IGNORE_INDEX, Batch, Sample, identity, pack, pad
-from lightning_itk.data.columns import shared_columns
+from lightning_itk.data.columns import every, shared_arrays, shared_columns
+from lightning_itk.data.order import kind
 from lightning_itk.data.records import joint_fingerprint
 from lightning_itk.data.sampler import BatchSampler
 from lightning_itk.data.samples import TokenizedSource
@@ -57,6 +59,36 @@ class SampleSet(Dataset[list[Sample]]):
         self.max_token_id = max(source.summary.max_token_id for source in sources)
         self.fingerprint = joint_fingerprint(source.summary.fingerprint for source in sources)
 
+    @property
+    def ends(self) -> np.ndarray:
+        """The number after the last sample of each source [sources]."""
+        return self._starts[1:]
+
+    @property
+    def many(self) -> bool:
+        """Whether what is worked out over all samples is worth a file that all ranks of a node share."""
+        return len(self) >= _SHARED_SAMPLES
+
+    def shared_numbers(
+        self, names: Sequence[str], about: Callable[[], Any], make: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Numbers of some of the samples, ascending: of many samples mapped from files beside the caches, which
+        whoever comes first writes; else, and where nothing can be written, in memory.
+
+        Args:
+            names: of the arrays that `make` returns.
+            about: what they depend on beside the samples, as plain JSON. Raises OSError or ValueError.
+            make: works them out.
+        """
+        if self.many:
+            with contextlib.suppress(OSError, ValueError):
+                sources = [source.folder.name for source in self._sources]
+                place = _place(self._sources, ["numbers", sources, list(names), about()])
+                found = shared_arrays(place, make, dict.fromkeys(names, kind(len(self))))
+                if all(every(partial(_ascend, len(self)), n[:-1], n[1:]) for n in found.values() if len(n)):
+                    return found
+        return make()
+
     def __reduce__(self) -> tuple[type["SampleSet"], tuple[Any, ...]]:
         return SampleSet, (self._sources, self._tags)  # spawned loader workers map the files themselves
 
@@ -76,6 +108,16 @@ class SampleSet(Dataset[list[Sample]]):
         source = int(self.source_ids[index])
         encoded = self._sources[source][index - int(self._starts[source])]
         return Sample(encoded.input_ids, encoded.labels(), int(self.sample_ids[index]), int(self.teacher_ids[index]))
+
+
+def _ascend(count: int, now: np.ndarray, after: np.ndarray) -> np.ndarray:
+    return (now >= 0) & (now < after) & (after < count)
+
+
+def _place(sources: list[TokenizedSource], about: Any) -> Path:
+    """The folder beside the caches for what follows from this."""
+    name = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+    return sources[0].folder.with_name(f"{name}.columns")
 
 
 _COLUMNS = {
@@ -116,13 +158,12 @@ def _columns(sources: list[TokenizedSource], teachers: list[np.ndarray]) -> dict
     count = sum(map(len, sources))
     if count >= _SHARED_SAMPLES:
         parts = [[source.folder.name, known.tolist()] for source, known in zip(sources, teachers, strict=True)]
-        name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         blocks = [
             (number, start, start + _SHARED_SAMPLES)
             for number, source in enumerate(sources)
             for start in range(0, len(source), _SHARED_SAMPLES)
         ]
-        place = sources[0].folder.with_name(f"{name}.columns")
+        place = _place(sources, parts)
         with contextlib.suppress(OSError, ValueError):  # where nothing can be written, memory has to do
             return shared_columns(place, count, lambda: (of(*block) for block in blocks), _COLUMNS)
     found = [of(number) for number in range(len(sources))]

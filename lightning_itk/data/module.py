@@ -1,5 +1,6 @@
 """InstructionDataModule: read, check, tokenize, cache, mix, choose a subset, batch, resume."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -9,16 +10,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_itk.data.cache import tokenize, tokenize_shard
+from lightning_itk.data.cache import hash_notes, tokenize, tokenize_shard
 from lightning_itk.data.chat import ChatEncoder
+from lightning_itk.data.division import choose_shared, divide
 from lightning_itk.data.loader import ResumableLoader, SampleSet
+from lightning_itk.data.order import numbers
 from lightning_itk.data.pieces import Shard
 from lightning_itk.data.records import DataError, Invalid
 from lightning_itk.data.sampler import BatchSampler, MixedSource
 from lightning_itk.data.samples import TokenizedSource, report
 from lightning_itk.data.sources import Source, Sources, as_sources
 from lightning_itk.data.special_tokens import SpecialTokens
-from lightning_itk.data.subset import Subset, choose, held_out
+from lightning_itk.data.subset import Subset, say
 from lightning_itk.data.template import read_template
 from lightning_itk.data.tools import Tools
 from lightning_itk.hub import load_tokenizer
@@ -186,8 +189,11 @@ class InstructionDataModule(L.LightningDataModule):
         """Tokenize what is not cached. Lightning calls it in one process of each machine."""
         for name, sources in self.sources.items():
             tokenized = self._tokenized(name, progress=True)
-            if len(sources) > 1:
-                SampleSet(tokenized, [source.teacher for source in sources])  # its columns, before all ranks ask
+            if sources:
+                samples = SampleSet(tokenized, [source.teacher for source in sources])  # files, before all ranks ask
+                if name == "train" and samples.many:
+                    with contextlib.suppress(DataError):  # said in setup, to runs that train
+                        self._choose(samples, self._split(samples)[0])
 
     def prepare_shard(self, shard: Shard) -> list[tuple[str, list[int]]]:
         """Tokenize one shard's part, as `lightning-itk tokenize` does: each source and the shards that it waits for."""
@@ -207,16 +213,19 @@ class InstructionDataModule(L.LightningDataModule):
             if self.sources[name]:
                 self._set(name)
         if "train" in self._sets:
-            self._split()
+            self._pool, self._held_out = self._split(self._set("train"))
         if stage in ("fit", None):
-            self._chosen = self._choose()
+            self._chosen = self._choose(self._set("train"), self._pool)
+            if self.subset is not None:
+                say(self.subset, len(self._chosen), len(self._pool))
 
     def train_dataloader(self) -> ResumableLoader:
         samples = self._set("train")
         chosen = self._chosen
         weights = [source.weight for source in self.sources["train"]]
-        of = samples.source_ids[chosen] if len(weights) > 1 else None
-        mixed = [MixedSource(chosen if of is None else chosen[of == i], weight) for i, weight in enumerate(weights)]
+        ends = samples.ends[:-1].astype(chosen.dtype)  # another type would make a copy of all
+        parts = np.split(chosen, np.searchsorted(chosen, ends))
+        mixed = [MixedSource(part, weight) for part, weight in zip(parts, weights, strict=True)]
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         self._train_loader = self._loader(
             samples,
@@ -302,19 +311,14 @@ class InstructionDataModule(L.LightningDataModule):
                 rank_zero_info(f"chat template: {self.encoder.template_origin}")
         return self._sets[name]
 
-    def _split(self) -> None:
-        out = held_out(self._set("train").digests, self.validation_share, self.seed)
-        numbers = np.int32 if len(out) <= np.iinfo(np.int32).max else np.int64  # half the memory of every rank
-        self._held_out, self._pool = np.flatnonzero(out).astype(numbers), np.flatnonzero(~out).astype(numbers)
+    def _split(self, samples: SampleSet) -> tuple[np.ndarray, np.ndarray]:
+        return divide(samples, self.validation_share, self.seed)
 
-    def _choose(self) -> np.ndarray:
+    def _choose(self, samples: SampleSet, pool: np.ndarray) -> np.ndarray:
         """The samples to train on."""
-        samples, pool = self._set("train"), self._pool
         if self.subset is None:
             return pool
-        return pool[
-            choose(self.subset, samples.sample_ids[pool], samples.learned[pool], fingerprint=samples.fingerprint)
-        ]
+        return choose_shared(self.subset, samples, pool, [self.validation_share, self.seed], hash_notes(self.cache_dir))
 
     def _eval_loader(self, name: str, chosen: np.ndarray | None = None, longest_first: bool = True) -> ResumableLoader:
         samples = self._set(name)
@@ -323,7 +327,7 @@ class InstructionDataModule(L.LightningDataModule):
             batch_size=self.eval_batch_size,
             shuffle=False,
             longest_first=longest_first,
-            sources=[MixedSource(np.arange(len(samples)) if chosen is None else chosen)],
+            sources=[MixedSource(numbers(len(samples)) if chosen is None else chosen)],
         )
 
     def _loader(self, samples: SampleSet, *, pack_to: int | None = None, **plan: Any) -> ResumableLoader:

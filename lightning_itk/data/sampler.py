@@ -6,13 +6,14 @@ A row is one sample, or one pack of samples.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from lightning_itk.data.order import longest_first, numbers
 from lightning_itk.data.packing import best_fit
+from lightning_itk.data.rows import Rows
 from lightning_itk.position import StepPlan
 
 # Rows are sorted by length in pools of at most this many steps, and there are at least so many pools: fewer for few
@@ -21,34 +22,6 @@ from lightning_itk.position import StepPlan
 _POOL_STEPS = 64
 _LEAST_POOLS, _MOST_LEAST_POOLS, _POOL_SAMPLES = 3, 8, 160
 _GROUPS_VERSION = 2  # of those above and `_grouped_by_length`: a plan is made anew when an epoch is resumed
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of an epoch in the order in which they are trained on."""
-
-    samples: np.ndarray  # sample numbers, row after row
-    bounds: np.ndarray  # where each row starts in `samples`, and the end [rows + 1]
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.samples[self.bounds[row] : self.bounds[row + 1]]
-
-    def take(self, order: np.ndarray) -> "Rows":
-        """These rows in another order."""
-        sizes = np.diff(self.bounds)[order]
-        bounds = np.concatenate([[0], np.cumsum(sizes)])
-        shift = np.repeat(self.bounds[order] - bounds[:-1], sizes)
-        return Rows(self.samples[np.arange(bounds[-1]) + shift], bounds)
-
-    def split_to(self, count: int) -> "Rows":
-        """At least `count` rows, as far as there are samples: packs give their last sample a row of its own."""
-        bounds = self.bounds
-        while len(bounds) - 1 < count and len(splittable := np.flatnonzero(np.diff(bounds) > 1)):
-            bounds = np.union1d(bounds, bounds[splittable[: count - len(bounds) + 1] + 1] - 1)
-        return Rows(self.samples, bounds)
 
 
 class MixedSource(NamedTuple):
@@ -98,9 +71,10 @@ class BatchSampler:
         self.lengths = np.asarray(lengths)
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.shuffle, self.pack_to, self.longest_first, self.seed = shuffle, pack_to, longest_first, seed
-        self.sources = list(sources) if sources is not None else [MixedSource(_numbers(len(self.lengths)))]
+        self.sources = list(sources) if sources is not None else [MixedSource(numbers(len(self.lengths)))]
         self.epoch = 0
         self._rows: tuple[int, Rows] | None = None
+        self._tokens: int | None = None
         # Lightning asks for the length once. Packs of a sample that changes every epoch may differ in number, so the
         # number of the first epoch holds for all.
         self._count = len(self._plan(0)) if pack_to is not None else sum(map(_size, self.sources))
@@ -112,6 +86,8 @@ class BatchSampler:
 
     def signature(self) -> dict[str, int | bool | None]:
         """What must not change between a checkpoint in the middle of an epoch and its resumption."""
+        if self._tokens is None:
+            self._tokens = int(self.lengths.sum(dtype=np.int64))
         return {
             "batch_size": self.batch_size,
             "accumulate_grad_batches": self.accumulate,
@@ -120,7 +96,7 @@ class BatchSampler:
             "packed to": self.pack_to,
             "seed": self.seed,
             "rows": self._count,
-            "tokens": int(self.lengths.sum()),
+            "tokens": self._tokens,
             "version of the length groups": _GROUPS_VERSION if self.shuffle and self.pack_to is None else None,
         }
 
@@ -140,7 +116,7 @@ class BatchSampler:
             members = np.arange(step * size, len(rows) if last else (step + 1) * size)
             if self.shuffle and self.pack_to is None:
                 # Neighbours in length become a micro-batch, and ranks get similar lengths at the same time.
-                members = members[np.argsort(-self.lengths[rows.samples[members]], kind="stable")]
+                members = members[np.argsort(-self.lengths[rows.samples[rows.places(members)]], kind="stable")]
             micro_batches = self.step_plan.last_micro_batches if last else self.accumulate
             cells = np.array_split(members, micro_batches * self.world)
             for micro_batch in range(micro_batches):
@@ -149,53 +125,60 @@ class BatchSampler:
 
     def _plan(self, epoch: int) -> Rows:
         if self._rows is None or self._rows[0] != epoch:
+            self._rows = None  # two plans at once would take twice the memory
             self._rows = (epoch, self._make_plan(epoch))
         return self._rows[1]
 
     def _make_plan(self, epoch: int) -> Rows:
         rng = np.random.default_rng([self.seed, epoch])
-        samples = np.concatenate([_numbers(0), *(_drawn(source, rng) for source in self.sources)])
+        if self.pack_to is not None:
+            samples, bounds = best_fit(self.lengths, self.pack_to, self._samples(rng))
+            return Rows(samples, bounds, _permutation(len(bounds) - 1, rng) if self.shuffle else None)
+        samples = self._samples(rng)
+        if not self.shuffle:
+            return Rows(samples)
+        step = self.batch_size * self.accumulate * self.world
+        _group_by_length(samples, self.lengths, step)
+        return Rows(samples, None, _permutation(len(samples) // step, rng), step)
+
+    def _samples(self, rng: np.random.Generator) -> np.ndarray:
+        """All samples of an epoch, as often as they come in it, in the order in which they are made into rows."""
+        kind = np.result_type(numbers(0), *(source.samples for source in self.sources))
+        samples = np.empty(sum(map(_size, self.sources)), kind)
+        end = 0
+        for source in self.sources:
+            repeats, rest = divmod(_size(source), len(source.samples)) if len(source.samples) else (0, 0)
+            for _ in range(repeats):
+                samples[end : end + len(source.samples)] = source.samples
+                end += len(source.samples)
+            samples[end : end + rest] = rng.choice(source.samples, rest, replace=False)
+            end += rest
         if self.shuffle:
             rng.shuffle(samples)
         else:
             samples.sort()
-        if self.longest_first:
-            samples = samples[np.argsort(-self.lengths[samples], kind="stable")]
-        if self.pack_to is not None:
-            order, bounds = best_fit(self.lengths[samples], self.pack_to)
-            packs = Rows(samples[order], bounds)
-            return packs.take(rng.permutation(len(packs))) if self.shuffle else packs
-        if self.shuffle:
-            step = self.batch_size * self.accumulate * self.world
-            samples = _grouped_by_length(samples, self.lengths, step, rng)
-        return Rows(samples, _numbers(len(samples) + 1))
-
-
-def _numbers(count: int) -> np.ndarray:
-    """0, 1, … in as few bytes as that takes: a plan holds one for every sample."""
-    return np.arange(count, dtype=np.int32 if count <= np.iinfo(np.int32).max else np.int64)
+        return longest_first(samples, self.lengths) if self.longest_first else samples
 
 
 def _size(source: MixedSource) -> int:
+    """round(weight * n): whole repeats and a random choice for the rest."""
     return round(source.weight * len(source.samples))
 
 
-def _drawn(source: MixedSource, rng: np.random.Generator) -> np.ndarray:
-    """round(weight * n) samples: whole repeats and a random choice for the rest."""
-    repeats, rest = divmod(_size(source), len(source.samples)) if len(source.samples) else (0, 0)
-    return np.concatenate([np.tile(source.samples, repeats), rng.choice(source.samples, rest, replace=False)])
+def _permutation(count: int, rng: np.random.Generator) -> np.ndarray:
+    """What rng.permutation(count) gives, in as few bytes as that takes."""
+    order = numbers(count)
+    rng.shuffle(order)
+    return order
 
 
-def _grouped_by_length(samples: np.ndarray, lengths: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
-    """Shuffled samples, sorted by length within pools of many steps, the full steps in random order again."""
+def _group_by_length(samples: np.ndarray, lengths: np.ndarray, step: int) -> None:
+    """Sort shuffled samples by length within pools of many steps; their full steps are then taken in random order."""
     full = len(samples) // step
     least = int(np.clip(len(samples) // _POOL_SAMPLES, _LEAST_POOLS, _MOST_LEAST_POOLS))
     pools = max(1, min(full, max(least, -(-full // _POOL_STEPS))))
     # A pool begins with a full step; the rest goes with the last one.
     starts = [-(-pool * full // pools) * step for pool in range(pools)]
-    grouped = np.empty_like(samples)
     for start, end in pairwise([*starts, len(samples)]):  # pool by pool: no copies of all, and faster than all at once
-        grouped[start:end] = samples[start:end][np.argsort(-lengths[samples[start:end]], kind="stable")]
-    samples[: full * step].reshape(full, step)[:] = grouped[: full * step].reshape(full, step)[rng.permutation(full)]
-    samples[full * step :] = grouped[full * step :]
-    return samples
+        pool = samples[start:end]
+        pool[:] = pool[np.argsort(-lengths[pool], kind="stable")]

@@ -2,16 +2,21 @@
 
 import json
 import reprlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_itk.data.content import local_hash
+from lightning_itk.data.order import blocks
 from lightning_itk.data.records import DataError
 from lightning_itk.selection.percentage import Metric, Order, sample_scores, select
-from lightning_itk.selection.scores import check_records, read_scores
+from lightning_itk.selection.scores import check_records, read_meta, read_scores
 
 
 @dataclass
@@ -35,12 +40,15 @@ class Subset:
     seed: int = 0
 
 
-def choose(subset: Subset, sample_ids: np.ndarray, tokens: np.ndarray, *, fingerprint: str) -> np.ndarray:
-    """The positions in `sample_ids` of the samples to train on.
+def choose(
+    subset: Subset, pool: np.ndarray, sample_ids: np.ndarray, tokens: np.ndarray, *, fingerprint: str
+) -> np.ndarray:
+    """The numbers of the samples to train on, ascending.
 
     Args:
         subset: what to choose.
-        sample_ids: record numbers [samples] of the training samples.
+        pool: numbers of the samples to choose from, ascending.
+        sample_ids: record numbers of all samples [samples].
         tokens: their response tokens [samples] under the tokenizer of this run.
         fingerprint: of the records.
 
@@ -50,9 +58,12 @@ def choose(subset: Subset, sample_ids: np.ndarray, tokens: np.ndarray, *, finger
     try:
         recorded = read_scores(subset.scores, epochs=epochs_needed(subset.metric))
         check_records(recorded, fingerprint)
-        place = _places(recorded.record, sample_ids)
-        scores = sample_scores(subset.metric, _at(recorded.losses, place), tokens)
-        clusters = None if subset.clusters is None else clusters_of(subset.clusters, sample_ids, fingerprint)
+        scores = np.empty(len(pool), recorded.losses.dtype)
+        for part in blocks(len(pool)):
+            place = _places(recorded.record, sample_ids[pool[part]])
+            scores[part] = sample_scores(subset.metric, _at(recorded.losses, place), tokens[pool[part]])
+        del recorded
+        clusters = None if subset.clusters is None else clusters_of(subset.clusters, sample_ids[pool], fingerprint)
         chosen = select(scores, subset.fraction, clusters=clusters, order=subset.order, seed=subset.seed)
     except DataError:
         raise
@@ -63,11 +74,22 @@ def choose(subset: Subset, sample_ids: np.ndarray, tokens: np.ndarray, *, finger
             f"{subset.scores}: the subset is empty: {int(np.isfinite(scores).sum())} of {len(scores)} training "
             f"samples have a score, fraction is {subset.fraction}"
         )
+    return pool[chosen]
+
+
+def depends_on(subset: Subset, notes: Path | None) -> list[Any]:
+    """What a choice depends on beside the samples: the settings, and what the files hold. Raises DataError."""
+    files = [None if path is None else local_hash(path, notes) for path in (subset.scores, subset.clusters)]
+    return [files, {name: value for name, value in vars(subset).items() if name not in ("scores", "clusters")}]
+
+
+def say(subset: Subset, chosen: int, samples: int) -> None:
+    """One line on what was chosen."""
+    meta = read_meta(subset.scores)
     rank_zero_info(
-        f"subset: {len(chosen):,} of {len(sample_ids):,} samples, {subset.order} {subset.metric}, "
-        f"scored by {recorded.meta.get('model', 'an unnamed model')} ({recorded.meta['epochs']} epochs)"
+        f"subset: {chosen:,} of {samples:,} samples, {subset.order} {subset.metric}, "
+        f"scored by {meta.get('model', 'an unnamed model')} ({meta['epochs']} epochs)"
     )
-    return chosen
 
 
 def epochs_needed(metric: Metric) -> int | None:
@@ -138,13 +160,29 @@ def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
     if share > 0:
         if len(digests) < 2:
             raise DataError("a validation share needs at least 2 samples: set validation to 0 or to a file")
-        mixed = _mix(digests ^ _mix(np.array([seed], np.uint64)))
-        last = max(1, round(share * len(digests))) - 1
-        cut = np.partition(mixed, last)[last]
-        out = mixed <= cut
+        key = _mix(np.array([seed], np.uint64))
+
+        def mixed() -> Iterator[np.ndarray]:
+            return (_mix(digests[part] ^ key) for part in blocks(len(digests)))
+
+        cut = _nth(mixed, max(1, round(share * len(digests))) - 1)
+        for part, some in zip(blocks(len(digests)), mixed(), strict=True):
+            out[part] = some <= cut
         if out.all():
             raise DataError("the validation share leaves nothing to train on: all conversations are equal, or too few")
     return out
+
+
+def _nth(values: Callable[[], Iterator[np.ndarray]], number: int) -> np.uint64:
+    """The value that would have this number if all blocks of uint64 were sorted, without a copy of them all."""
+    sizes = np.zeros(1 << 16, np.int64)  # by the highest 16 bits
+    for some in values():
+        sizes += np.bincount((some >> np.uint64(48)).astype(np.int64), minlength=len(sizes))
+    ends = np.cumsum(sizes)
+    group = int(np.searchsorted(ends, number, side="right"))
+    within = np.concatenate([some[some >> np.uint64(48) == group] for some in values()])
+    number -= int(ends[group] - sizes[group])
+    return np.uint64(np.partition(within, number)[number])
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -146,6 +146,7 @@ def read_scores(path: str | Path, *, epochs: int | None = None) -> Scores:
                     raise ValueError(f"{path}: column {name} holds an empty value")
                 target[start : start + len(batch)] = values.to_numpy(zero_copy_only=False)
             start += len(batch)
+    pa.default_memory_pool().release_unused()  # hundreds of MiB that decoding leaves
     _check_ascending(record, path)
     return Scores(record, tokens, losses, meta, str(path))
 

@@ -1,6 +1,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from lightning_itk.data.sampler import BatchSampler, MixedSource, Rows
+from lightning_itk.data.rows import Rows
+from lightning_itk.data.sampler import BatchSampler, MixedSource
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(3, 200, 301)
@@ -198,7 +200,7 @@ def test_batches_can_start_anywhere() -> None:
 
 def test_rows_take_and_split() -> None:
     rows = Rows(np.arange(6), np.array([0, 3, 4, 6]))
-    taken = rows.take(np.array([2, 0, 1]))
+    taken = replace(rows, order=np.array([2, 0, 1]))
     assert [taken[i].tolist() for i in range(3)] == [[4, 5], [0, 1, 2], [3]]
     for count in range(3, 7):
         split = rows.split_to(count)
