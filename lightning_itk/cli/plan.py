@@ -101,7 +101,7 @@ def plan(args: Sequence[str]) -> None:
         "seconds": time,
         "bound": bound,
         "tokens_per_second": tokens / time,
-        "host_bytes": round(host_bytes(step)),
+        "host_bytes": round(host_bytes(step, setting)),
         "cache_bytes": None if learned is None or not teachers else learned * sum(_state_bytes(step)),
         "suggestions": [],
     }
@@ -134,6 +134,7 @@ def _print(facts: dict[str, Any], setting: Setting, config: Namespace) -> None:
     table.add_row(f"{name}, {1 - SPARE:.0%} left for context and allocator", f"{SPARE * facts['device']['memory']:.2f}")
     console.print(table)
     rate = facts["device"]["tflops_fp32" if setting.precision.startswith("32") else "tflops"]
+    loads = "its own rows" if setting.strategy == "fsdp2" else "as every rank loads every model whole"
     lines = [
         f"step: {setting.rows} rows of {setting.length} tokens x {setting.accumulate} micro-batches x {setting.ranks} "
         f"ranks ({setting.strategy}, {setting.precision}), {setting.response_share:.0%} of the tokens learned",
@@ -141,7 +142,7 @@ def _print(facts: dict[str, Any], setting: Setting, config: Namespace) -> None:
         f"time: {facts['seconds']:.3g} s, {facts['tokens_per_second']:,.0f} tokens/s; bound by {facts['bound']} at "
         f"{SHARE_OF_PEAK:.0%} of {rate:g} TFLOP/s and {facts['device']['bandwidth']:g} GB/s "
         f"({facts['device']['source']}); traffic between ranks is not in it",
-        f"host RAM while loading: {facts['host_bytes'] / GiB:.2f} GiB a rank, as every rank loads every model whole",
+        f"host RAM while loading: {facts['host_bytes'] / GiB:.2f} GiB a rank, {loads}",
     ]
     if facts["cache_bytes"] is not None:
         lines.append(f"cached teacher on disk: about {facts['cache_bytes'] / GiB:.2f} GiB of states (bf16)")

@@ -87,6 +87,6 @@ def _changes(plan: Plan, can_cache: bool) -> Iterator[Iterator[tuple[str, Plan]]
     yield chain.from_iterable(also(text.format(n), changed) for n, changed in sharded.items())
 
 
-def host_bytes(step: Step) -> float:
-    """RAM of a rank while it loads: every rank reads every model whole."""
-    return sum(step.weights)
+def host_bytes(step: Step, setting: Setting) -> float:
+    """RAM of a rank while it loads: its rows of every model under FSDP2, else every model whole."""
+    return sum(step.weights) / (setting.ranks if setting.strategy == "fsdp2" else 1)

@@ -67,7 +67,9 @@ def test_more_ranks(configured, tmp_path):
     alone = planned(configured(), tmp_path)["parts"]
     copies = planned(configured(), tmp_path, "--devices", "4", "--nodes", "2")
     sharded = configured(strategy="{class_path: lightning.pytorch.strategies.ModelParallelStrategy}", devices=2)
-    parts = planned(sharded, tmp_path)["parts"]
+    shards = planned(sharded, tmp_path)
+    parts = shards["parts"]
+    assert shards["host_bytes"] == pytest.approx(copies["host_bytes"] / 2, abs=1)
     assert (copies["ranks"], copies["strategy"]) == (8, "ddp")
     assert copies["parts"]["gradients"] - alone["gradients"] == pytest.approx(alone["weights"], rel=0.01)
     assert parts["optimizer"] == pytest.approx(alone["optimizer"] / 2, rel=0.01)
