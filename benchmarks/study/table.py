@@ -26,6 +26,9 @@ def tables(results: Path) -> str:
     for question in dict.fromkeys(arm.question for arm in ARMS):
         found = {arm.key: [row for row in rows if row["arm"] == arm.key] for arm in ARMS if arm.question == question}
         found = {key: sorted(seeds, key=lambda row: row["seed"]) for key, seeds in found.items() if seeds}
+        # A seed that only some arms have had would make its order of records part of their differences.
+        shared = set.intersection(*({row["seed"] for row in seeds} for seeds in found.values())) if found else set()
+        found = {k: [row for row in seeds if row["seed"] in shared or not shared] for k, seeds in found.items()}
         parts.append(f"### {question}\n\n" + (_table(found, results) if found else "Not run yet.\n"))
         if question == "car" and (results / "car.json").exists():
             parts.append(_ranking(results / "car.json"))
