@@ -20,6 +20,7 @@ from lightning_itk.models.loading import DType
 from lightning_itk.models.offload import is_offloaded
 from lightning_itk.models.precision import reshard
 from lightning_itk.outputs import check_output, note_output
+from lightning_itk.planning.devices import total_memory
 from lightning_itk.trainer import datamodule, log_folder, replica
 
 
@@ -108,7 +109,7 @@ class RunCard(Callback):
             return
         table = Table(title=type(pl_module).__name__, show_header=False, title_justify="left")
         if self.memory is not None:
-            facts["memory of a rank"] = self.memory
+            facts["memory of a rank"] = f"{self.memory}; there are {total_memory(pl_module.device) / 2**30:.3g}"
         for name, value in facts.items():
             table.add_row(name, value)
         Console().print(table)

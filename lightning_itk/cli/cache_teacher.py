@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 
 from lightning_itk.attention.capture import layer_map
 from lightning_itk.cached.manifest import Manifest, Mode, check_folder, is_cached_teacher
-from lightning_itk.cli.fit import InstructionCLI, TrainingBar
+from lightning_itk.cli.configured import ConfiguredCLI, loading_of_student, plain
+from lightning_itk.cli.fit import TrainingBar
 from lightning_itk.data.single_pass import SinglePass
 from lightning_itk.hub import load_config, load_tokenizer
 from lightning_itk.losses.divergence import Divergence
@@ -23,28 +23,23 @@ from lightning_itk.models.pruning import original_layers
 from lightning_itk.models.sharded_loading import deferred_loading
 
 
-class TeacherCLI(InstructionCLI):
-    """`fit` with options of its own: its model is read, not made, and its Trainer gets no callbacks."""
+class TeacherCLI(ConfiguredCLI):
+    """Its model is read, not made, and its Trainer gets no callbacks."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.description = (
-            "Run the teachers of a configuration of fit once, and write a folder that takes their place."
-        )
-        for name, kind, default, text in (
-            ("output", str | None, None, "Folder to write; with several teachers a folder of theirs, by name."),
-            (
-                "mode",
-                Mode,
-                "states",
-                "states = the whole distribution; topk = the k likeliest tokens, and the rest as one.",
-            ),
-            ("k", int, 128, "Of mode topk."),
-            ("attention", bool, False, "Store queries and keys for the configuration's attention term as well."),
-            ("only", str | None, None, "Run only this one of DAE's teachers."),
-            ("overwrite", bool, False, "Replace an earlier cached teacher of other settings; nothing else ever."),
-        ):
-            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    description = "Run the teachers of a configuration of fit once, and write a folder that takes their place."
+    options = (
+        ("output", str | None, None, "Folder to write; with several teachers a folder of theirs, by name."),
+        (
+            "mode",
+            Mode,
+            "states",
+            "states = the whole distribution; topk = the k likeliest tokens, and the rest as one.",
+        ),
+        ("k", int, 128, "Of mode topk."),
+        ("attention", bool, False, "Store queries and keys for the configuration's attention term as well."),
+        ("only", str | None, None, "Run only this one of DAE's teachers."),
+        ("overwrite", bool, False, "Replace an earlier cached teacher of other settings; nothing else ever."),
+    )
 
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand].clone()
@@ -59,9 +54,6 @@ class TeacherCLI(InstructionCLI):
         bar = [] if given.get("enable_progress_bar") is False else [TrainingBar()]
         plain = {"callbacks": bar, "logger": False, "enable_checkpointing": False}
         return self.trainer_class(**{**given, **whole, **plain})
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def cache_teacher(args: Sequence[str]) -> None:
@@ -112,9 +104,9 @@ def _owner(name: str, default: str) -> Any:
 def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
     chosen, init, console = cli.config.fit, cli.settings.init_args, Console()
     trust = bool(init.get("trust_remote_code"))
-    tokenizer = load_tokenizer(init.student, **_student(init))
+    tokenizer = load_tokenizer(init.student, **loading_of_student(init))
     loading: dict[str, Any] = {"trust_remote_code": trust, "offload": bool(init.get("teacher_offload"))}
-    loading["model_kwargs"] = _plain(init.get("teacher_kwargs"))
+    loading["model_kwargs"] = plain(init.get("teacher_kwargs"))
     with deferred_loading(isinstance(cli.trainer.strategy, ModelParallelStrategy)):
         teacher = Teacher(name, dtype=init.get("teacher_dtype") or "auto", **loading)
     teacher.check_tokenizer(tokenizer)
@@ -142,18 +134,6 @@ def _run(cli: TeacherCLI, name: str, folder: Path, wanted: Any) -> None:
         _print_gap(cli, run, manifest, console)
 
 
-def _student(init: Namespace) -> dict[str, Any]:
-    """How the student is read."""
-    return {
-        "trust_remote_code": bool(init.get("trust_remote_code")),
-        "model_kwargs": _plain(init.get("student_kwargs")),
-    }
-
-
-def _plain(kwargs: Any) -> dict[str, Any] | None:
-    return kwargs.as_dict() if isinstance(kwargs, Namespace) else kwargs
-
-
 def _attention(init: Namespace) -> AttentionLoss | None:
     given = init.get("attention")
     found = AttentionLoss(**vars(given)) if isinstance(given, Namespace) else given
@@ -165,7 +145,7 @@ def _layers(init: Namespace, teacher: Teacher) -> set[int]:
     loss = _attention(init)
     if loss is None:
         raise ValueError("attention is true, but the configuration has no attention term: set model's attention")
-    config = load_config(init.student, **_student(init))
+    config = load_config(init.student, **loading_of_student(init))
     original = original_layers(config, teacher.num_layers)
     pairs = layer_map(config.get_text_config().num_hidden_layers, teacher.num_layers, loss.layers, original)
     return set(pairs.values())
@@ -177,7 +157,7 @@ def _print_gap(cli: TeacherCLI, run: TeacherRun, manifest: Manifest, console: Co
     rows, device = run.gap_rows, run.device
     run.teacher.to("cpu")
     assert rows is not None
-    student = load_causal_lm(init.student, **_student(init))
+    student = load_causal_lm(init.student, **loading_of_student(init))
     student.to(device)  # type: ignore[arg-type]
     how = Divergence(init.get("kind") or "forward", init.get("beta") or 0.5, manifest.settings["temperature"])
     with cli.trainer.precision_plugin.forward_context():

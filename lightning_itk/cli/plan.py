@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from lightning_itk.cli.fit import InstructionCLI
+from lightning_itk.cli.configured import ConfiguredCLI
 from lightning_itk.cli.planned_data import learned_tokens
 from lightning_itk.cli.planned_run import layers_in_a_group, planned_module, read_setting
 from lightning_itk.files import atomic_write
@@ -21,32 +20,21 @@ from lightning_itk.planning.estimate import GiB, Plan, fits, host_bytes, peak, s
 from lightning_itk.planning.setting import Setting
 from lightning_itk.planning.simulation import simulate
 
-_OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
-    ("devices", int | None, None, "Devices of a node; null = those of the configuration."),
-    ("nodes", int | None, None, "Nodes; null = those of the configuration."),
-    ("device", str, "h100", "Kind of device: h100, h200, a100-80, a100-40, l40s, rtx4090, b200, mi300x, cpu."),
-    ("response_share", float, 1.0, "Share of positions that are learned; 1 = the most that can be."),
-    ("output", str | None, None, "JSON file for the same figures."),
-    ("overwrite", bool, False, "Replace what an earlier plan wrote; nothing else ever."),
-)
 
+class PlanCLI(ConfiguredCLI):
+    """Only read: not even a seed is set."""
 
-class PlanCLI(InstructionCLI):
-    """`fit` with options of its own: nothing of it is made, only read."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.description = "Simulate an optimizer step of a configuration of fit: its memory, work and time."
-        for name, kind, default, text in _OPTIONS:
-            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-
-    def instantiate_classes(self) -> None:
-        pass
+    description = "Simulate an optimizer step of a configuration of fit: its memory, work and time."
+    options = (
+        ("devices", int | None, None, "Devices of a node; null = those of the configuration."),
+        ("nodes", int | None, None, "Nodes; null = those of the configuration."),
+        ("device", str, "h100", "Kind of device: h100, h200, a100-80, a100-40, l40s, rtx4090, b200, mi300x, cpu."),
+        ("response_share", float, 1.0, "Share of positions that are learned; 1 = the most that can be."),
+        ("output", str | None, None, "JSON file for the same figures."),
+        ("overwrite", bool, False, "Replace what an earlier plan wrote; nothing else ever."),
+    )
 
     def _set_seed(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 
@@ -61,7 +49,7 @@ def plan(args: Sequence[str]) -> None:
     """
     if {"-h", "--help"} & {*args}:
         print("usage: lightning-itk plan --config FILE [options, and any of fit's]\n")
-        for name, _, default, text in _OPTIONS:
+        for name, _, default, text in PlanCLI.options:
             print(f"  --{name:<16}{text} (default: {default})")
         return
     cli = PlanCLI.start(["fit", *args])

@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning_itk.cli.configured import loading_of_student
 from lightning_itk.data.chat import ChatEncoder
 from lightning_itk.data.module import read_template
 from lightning_itk.data.sources import as_sources, read
@@ -20,7 +21,8 @@ def learned_tokens(data: Any, init: Any) -> int | None:
             return None
         if sum(Path(source.path).stat().st_size for source in sources) > _LARGEST:
             return None
-        tokenizer = load_tokenizer(data.tokenizer or init.student)
+        how = {} if data.tokenizer else loading_of_student(init)
+        tokenizer = load_tokenizer(data.tokenizer or init.student, **how)
         encoder = ChatEncoder(tokenizer, read_template(data.chat_template), data.special_tokens)
         total = 0
         for source in sources:

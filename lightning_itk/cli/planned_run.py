@@ -1,6 +1,5 @@
 """What a configuration of `fit` says about its step, and the line about it that `fit` itself prints."""
 
-import os
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from lightning_itk.methods.module import InstructionModule
 from lightning_itk.planning.setting import Setting
 
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
-GiB = 2**30
 
 
 def foretold(cli: LightningCLI) -> str:
-    """The peak memory of a rank of `fit`, simulated, beside the memory that is there; or why it is not known."""
-    from lightning_itk.planning.estimate import peak
+    """The peak memory of a rank of `fit`, simulated; or why it is not known. Looks at no device: processes may fork."""
+    from lightning_itk.planning.estimate import GiB, peak
     from lightning_itk.planning.simulation import simulate
 
     config = cli.config.fit
@@ -30,12 +28,7 @@ def foretold(cli: LightningCLI) -> str:
     except Exception as error:  # a run that cannot be foretold is none the worse
         return f"not known: {first_line(error)[:200]}"
     moment, parts = peak(step)
-    there = torch.cuda.get_device_properties(0).total_memory if gpu else _memory()
-    return f"{sum(parts.values()) / GiB:.3g} GiB at its peak ({moment}), simulated; there are {there / GiB:.3g}"
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{sum(parts.values()) / GiB:.3g} GiB at its peak ({moment}), simulated"
 
 
 def planned_module(cli: LightningCLI, changed: dict[str, Any]) -> InstructionModule:

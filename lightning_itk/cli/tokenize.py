@@ -3,21 +3,19 @@
 from collections.abc import Sequence
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from lightning_itk.cli.fit import InstructionCLI
+from lightning_itk.cli.configured import ConfiguredCLI, loading_of_student
 from lightning_itk.data.pieces import Shard
 from lightning_itk.hub import load_tokenizer
 
 
-class TokenizeCLI(InstructionCLI):
-    """fit's configuration and options, of which only the data are used: no model is loaded, no device is asked for."""
+class TokenizeCLI(ConfiguredCLI):
+    """Of fit's configuration only the data are used: no model is loaded, no device is asked for."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        text = "Which part to tokenize, i/n with i from 0 to n-1; all n make the caches together, in any order."
-        parser.add_argument("--shard", type=str, default="0/1", help=text)
+    description = "Fill the token caches of a configuration of fit, from one process or from a shard each of many."
+    _SHARD = "Which part to tokenize, i/n with i from 0 to n-1; all n make the caches together, in any order."
+    options = (("shard", str, "0/1", _SHARD),)
 
     def instantiate_classes(self) -> None:
         config = self.config[self.config.subcommand].clone()
@@ -26,8 +24,7 @@ class TokenizeCLI(InstructionCLI):
         model = config.pop("model").get("init_args") or Namespace()
         self.datamodule = self._parser(self.config.subcommand).instantiate_classes(config).data
         if self.datamodule._tokenizer is None and isinstance(student := model.get("student"), str):
-            trust, kwargs = bool(model.get("trust_remote_code")), model.get("student_kwargs")
-            self.datamodule._tokenizer = load_tokenizer(student, trust_remote_code=trust, model_kwargs=kwargs)
+            self.datamodule._tokenizer = load_tokenizer(student, **loading_of_student(model))
 
     def _run_subcommand(self, subcommand: str) -> None:
         found = self.datamodule.prepare_shard(self.shard)

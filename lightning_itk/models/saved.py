@@ -49,7 +49,7 @@ class SavedModel:
         self.sources, self.plain, made = {}, {}, 0
         for names in parts.values():
             try:
-                found = self._turned({name: self.weights[name] for name in names})
+                found = revert_weight_conversion(self.model, {name: self.weights[name] for name in names})
             except Exception:  # a conversion that misses a weight may trip over anything
                 return False
             made += len(found)
@@ -60,9 +60,6 @@ class SavedModel:
                 self.sources[name] = tuple(names)
                 self.plain.update((name, n) for n in names if self.weights[n] is tensor)
         return made == len(self.sources) == len(self.tensors)
-
-    def _turned(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return revert_weight_conversion(self.model, weights)
 
     def make(self, weights: Weights, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the files, in any order, from few weights at a time.
@@ -82,7 +79,7 @@ class SavedModel:
             read = weights.read(tuple(known.values()))
             held = {name: read[key].to(self.weights[name].dtype) for name, key in known.items()}
             del read
-            for name, tensor in self._turned(held).items():
+            for name, tensor in revert_weight_conversion(self.model, held).items():
                 if name in wanted:
                     yield name, tensor
 

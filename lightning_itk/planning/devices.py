@@ -3,6 +3,8 @@
 import os
 from typing import NamedTuple
 
+import torch
+
 
 class Device(NamedTuple):
     """A kind of accelerator: dense rates without sparsity, memory as the driver shows it.
@@ -40,6 +42,13 @@ SPARE = 0.92
 """Share of memory that tensors may take: the rest is for the context, NCCL and the holes of the allocator."""
 
 
+def total_memory(kind: torch.device) -> int:
+    """Bytes of a GPU, else of this machine."""
+    if kind.type == "cuda":
+        return torch.cuda.get_device_properties(kind).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def device(name: str) -> Device:
     """A device of the table.
 
@@ -49,6 +58,5 @@ def device(name: str) -> Device:
     if name not in DEVICES:
         raise ValueError(f"device {name!r} is not known, expected {', '.join(DEVICES)}")
     if name == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        return DEVICES[name]._replace(memory=round(total, 1))
+        return DEVICES[name]._replace(memory=round(total_memory(torch.device("cpu")) / 2**30, 1))
     return DEVICES[name]
