@@ -37,7 +37,7 @@ chaos: $(INSTALLED)  ## kill training runs at random moments, resume, compare to
 
 METHODS ?= sft,kd,dae,lora
 
-ranks: $(INSTALLED)  ## each method by DDP and FSDP2 on 2 and 4 CPU ranks: trained, resumed, exported, compared (about ten minutes)
+ranks: $(INSTALLED)  ## each method by DDP and FSDP2 on 2 and 4 CPU ranks: trained, resumed, exported, compared (a minute where nothing else runs)
 	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m matrix --methods $(METHODS)
 
 lint: $(INSTALLED)  ## ruff and mypy
