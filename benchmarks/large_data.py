@@ -172,6 +172,7 @@ class Bench:
         trainer = {"accelerator": "cpu", "devices": self.ranks, "max_steps": 4, "logger": "false"}
         trainer |= {"strategy": "ddp" if self.ranks > 1 else "auto", "enable_checkpointing": str(save).lower()}
         trainer |= {"enable_progress_bar": "false", "callbacks": json.dumps(callbacks)}
+        trainer["default_root_dir"] = str(self.folder)  # fit leaves its configuration there
         given = [part for name, value in trainer.items() for part in (f"--trainer.{name}", str(value))]
         ranks = self.run(step, ["fit", *given, *options])
         return {(rank["rank"], batch): samples for rank in ranks for batch, samples in rank["steps"]}
